@@ -130,3 +130,240 @@ def mask_box(mask):
     """Smallest box (x0, y0, x1, y1), in pixels, around a mask (H, W); x1 and y1 are one past the last pixel."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return np.array((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+
+
+# -------------------------------------------------------------------------------------------- sources
+class ImageFiles(Dataset):
+    """Every image below a folder, in sorted order, without labels (label -1). ValueError when there is none."""
+
+    def __init__(self, root):
+        paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True)
+                       for name in names if name.lower().endswith(datasets.folder.IMG_EXTENSIONS))
+        if not paths:
+            raise ValueError(f"{root}: no images below this folder")
+        self.samples = [(path, -1) for path in paths]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return datasets.folder.pil_loader(self.samples[index][0]), -1
+
+
+def open_images(data, split, data_root="data", size=64, download=False):
+    """The data set `data` (a folder, `shapes`, `shapes:N`, `cifar10`, `stl10`) for `split` pretrain, train or val.
+
+    `pretrain` needs no labels: a folder without classes will do, and stl10 gives its unlabelled images. `size`:
+    pixels at which shapes are rendered. ValueError, in one line, when there is nothing to read.
+    """
+    name, _, count = data.partition(":")
+    if name == "shapes":
+        if count and not (count.isdigit() and int(count)):
+            raise ValueError(f"--data {data}: shapes:N needs a number of training images, such as shapes:4000")
+        return Shapes("val", 1000, size) if split == "val" else Shapes("train", int(count or 4000), size)
+    if name in ("cifar10", "stl10"):
+        try:
+            if name == "cifar10":
+                return datasets.CIFAR10(data_root, train=split != "val", download=download)
+            part = {"pretrain": "unlabeled", "train": "train", "val": "test"}[split]
+            return datasets.STL10(data_root, split=part, download=download)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"--data {data}: neither in {data_root} nor to be downloaded ({error})") from None
+    root = Path(data)
+    if not root.is_dir():
+        raise ValueError(f"--data {data}: no such folder (nor one of shapes, cifar10, stl10)")
+    if split == "pretrain":
+        return ImageFiles(root / "train" if (root / "train").is_dir() else root)
+    if not (root / split).is_dir():
+        raise ValueError(f"--data {data}: no folder {split} in it")
+    try:
+        return datasets.ImageFolder(root / split)
+    except FileNotFoundError as error:
+        raise ValueError(f"{root / split}: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------- views
+# One view's parameters as a row of numbers: jitter 0/1, its four factors, the order of its four steps (an index into
+# ORDERS), grayscale 0/1, blur sigma in pixels (0: none), solarize 0/1.
+PARAMETERS = ("jitter", "brightness", "contrast", "saturation", "hue", "order", "gray", "sigma", "solarize")
+ORDERS = list(permutations(range(4)))
+JITTER = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)
+
+
+def blur_sigmas(size):
+    """Smallest and largest blur sigma in pixels: the paper's 0.1 and 2 at 224 px, scaled to `size` (height, width)."""
+    return 0.1 * min(size) / 224, 2.0 * min(size) / 224
+
+
+def draw(size, blur, solarize):
+    """One view's parameters, drawn by torchvision; `blur` and `solarize` are probabilities."""
+    order, *factors = JITTER.get_params(JITTER.brightness, JITTER.contrast, JITTER.saturation, JITTER.hue)
+    jitter, gray, blurred, solarized = (torch.rand(4) < torch.tensor((0.8, 0.2, blur, solarize))).tolist()
+    sigma = transforms.GaussianBlur.get_params(*blur_sigmas(size))
+    return (jitter, *factors, ORDERS.index(tuple(order.tolist())), gray, sigma * blurred, solarized)
+
+
+def crop_and_flip(image, size):
+    """Random resized crop (scale 0.08-1) of a PIL image to `size` (height, width), flipped with p 0.5."""
+    box = transforms.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
+    image = TF.resized_crop(image, *box, size)
+    return TF.hflip(image) if torch.rand(()) < 0.5 else image
+
+
+def per_image(image, parameters):
+    """The reference: apply one view's parameters to a PIL image with torchvision and PIL, in the release's order."""
+    p = dict(zip(PARAMETERS, parameters))
+    if p["jitter"]:
+        for step in ORDERS[int(p["order"])]:
+            name = ("brightness", "contrast", "saturation", "hue")[step]
+            image = getattr(TF, f"adjust_{name}")(image, p[name])
+    if p["sigma"]:
+        image = image.filter(ImageFilter.GaussianBlur(p["sigma"]))
+    if p["gray"]:
+        image = TF.to_grayscale(image, 3)
+    if p["solarize"]:
+        image = TF.solarize(image, 128)
+    return TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
+
+
+class TwoViews:
+    """A PIL image -> two views (2, 3, height, width) and their parameters (2, 9).
+
+    Asymmetric as in the paper: blur with p 1.0 / 0.1, solarize with p 0.0 / 0.2. `augment="device"`: uint8, cropped and
+    flipped only; the rest is for `augment`. `augment="worker"`: everything is done here, float32.
+    """
+
+    def __init__(self, size, augment="device"):
+        self.size, self.augment = size, augment
+
+    def __call__(self, image):
+        crops, parameters = [], []
+        for blur, solarize in ((1.0, 0.0), (0.1, 0.2)):
+            crops.append(crop_and_flip(image, self.size))
+            parameters.append(draw(self.size, blur, solarize))
+        apply = per_image if self.augment == "worker" else lambda crop, _: TF.pil_to_tensor(crop)
+        return torch.stack([apply(*pair) for pair in zip(crops, parameters)]), torch.tensor(parameters)
+
+
+def to_gray(x):
+    """Luma of (B, 3, H, W) -> (B, 1, H, W); ITU-R 601, as PIL and torchvision."""
+    return (x * x.new_tensor((0.299, 0.587, 0.114)).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def shift_hue(x, shift):
+    """Turn the hue of (B, 3, H, W) in 0..1 by `shift` (B, 1, 1, 1), in turns."""
+    r, g, b = x.unbind(1)
+    value = x.amax(1)
+    chroma = value - x.amin(1)
+    safe = torch.where(chroma > 0, chroma, 1)
+    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    hue = hue[:, None] + 6 * shift  # in sixths of a turn
+    k = (hue + x.new_tensor((5, 3, 1)).view(3, 1, 1)) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def blur(x, sigma, radius):
+    """Gaussian blur of (B, C, H, W), one sigma (B,) in pixels each, kernels of 2 * radius + 1, reflected borders."""
+    B, C, H, W = x.shape
+    taps = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)  # (B, K)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(C, 0)  # (B*C, K)
+    x = F.pad(x, (radius,) * 4, mode="reflect").reshape(1, B * C, H + 2 * radius, W + 2 * radius)
+    x = F.conv2d(x, kernel[:, None, None, :], groups=B * C)  # (1, B*C, H + 2 radius, W)
+    return F.conv2d(x, kernel[:, None, :, None], groups=B * C).reshape(B, C, H, W)
+
+
+def augment(x, parameters):
+    """Batched `per_image`: crops (B, 3, H, W) uint8 on any device, parameters (B, 9) on the CPU -> normalised float32."""
+    p = dict(zip(PARAMETERS, parameters.unbind(1)))
+    x = x.float() / 255
+    pick = lambda rows: rows.nonzero()[:, 0]  # on the CPU: the device is not waited for
+    device = lambda values: values.to(x.device, non_blocking=True)
+    orders = torch.tensor(ORDERS)[p["order"].long()]  # (B, 4)
+    for position in range(4):
+        for step, name in enumerate(("brightness", "contrast", "saturation", "hue")):
+            rows = pick((p["jitter"] > 0) & (orders[:, position] == step))
+            if not len(rows):
+                continue
+            factor, rows = device(p[name][rows].view(-1, 1, 1, 1)), device(rows)
+            part = x[rows]
+            if name == "hue":
+                x[rows] = shift_hue(part, factor)
+                continue
+            towards = {"brightness": 0, "contrast": to_gray(part).mean((2, 3), keepdim=True), "saturation": to_gray(part)}
+            x[rows] = (factor * part + (1 - factor) * towards[name]).clamp(0, 1)
+    rows = pick(p["sigma"] > 0)
+    if len(rows):
+        radius = math.ceil(3 * blur_sigmas(x.shape[2:])[1])
+        sigma, rows = device(p["sigma"][rows]), device(rows)
+        x[rows] = blur(x[rows], sigma, radius)
+    rows = device(pick(p["gray"] > 0))
+    x[rows] = to_gray(x[rows]).expand(-1, 3, -1, -1)
+    rows = device(pick(p["solarize"] > 0))
+    part = x[rows]
+    x[rows] = torch.where(part >= 128 / 255, 1 - part, part)
+    return (x - x.new_tensor(IMAGENET_MEAN).view(3, 1, 1)) / x.new_tensor(IMAGENET_STD).view(3, 1, 1)
+
+
+# --------------------------------------------------------------------------------------------- stream
+class Stream(Dataset):
+    """Samples of an endless, reproducible stream: item n -> (transform(image), label, bad).
+
+    Every `per_epoch` samples a new permutation of the source begins. Permutation and random draws depend on seed and
+    n alone. An image that cannot be read is replaced by the next one that can; `bad` lists the unreadable indices.
+    """
+
+    def __init__(self, source, transform, seed, per_epoch):
+        self.source, self.transform, self.seed, self.per_epoch = source, transform, seed, per_epoch
+        self.epoch, self.order = None, None
+
+    def index(self, n):
+        """Which image of the source sample n is."""
+        epoch, offset = divmod(n, self.per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
+        return int(self.order[offset])
+
+    def __getitem__(self, n):
+        index, bad = self.index(n), []
+        while True:
+            try:
+                image, label = self.source[index]
+                break
+            except Exception as error:  # a decoder may raise anything on broken bytes
+                bad.append(index)
+                if len(bad) == len(self.source):
+                    raise ValueError(f"no readable image in the data set ({error})") from None
+                index = (index + 1) % len(self.source)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.SeedSequence((self.seed, n)).generate_state(1)[0]))
+            return self.transform(image), label, bad
+
+    def name(self, index):
+        """The file of an image, where it has one."""
+        return self.source.samples[index][0] if hasattr(self.source, "samples") else f"image {index}"
+
+
+class StreamSampler:
+    """Batches of sample numbers for one rank: step s is samples [s*B, (s+1)*B), rank r has its r-th slice, and
+    accumulation j of the step is the j-th slice of that."""
+
+    def __init__(self, start, stop, batch_size, rank=0, world=1, accum_steps=1):
+        self.start, self.stop, self.batch_size = start, stop, batch_size
+        self.rank, self.world, self.accum_steps = rank, world, accum_steps
+
+    def __len__(self):
+        return (self.stop - self.start) * self.accum_steps
+
+    def __iter__(self):
+        micro = self.batch_size // (self.world * self.accum_steps)
+        for step in range(self.start, self.stop):
+            for part in range(self.accum_steps):
+                first = step * self.batch_size + (self.rank * self.accum_steps + part) * micro
+                yield list(range(first, first + micro))
+
+
+def collate(samples):
+    """Stack a list of Stream items: tensors and labels batched, the indices of unreadable images concatenated."""
+    batch, labels, bad = zip(*samples)
+    return torch.utils.data.default_collate(batch), torch.tensor(labels), [index for indices in bad for index in indices]
