@@ -10,13 +10,12 @@ Ge, Liang, Song, Jiao, Wang and Luo, NeurIPS 2021, https://arxiv.org/abs/2110.05
                       v                                      v          v                      v
   T-stream        transformer -> projector_t -> predictor_t -> f3 <-L_t-> f4 <- projector_t <- transformer
 
-  equation  what                                here              symbol        name
-  (1), (3)  L_c, L_t: 2 - 2 cos                 similarity_loss   f1, f3        outputs of the online branch
-  (2)       softmax((q.k + q.p) / sqrt(d)) v    MultiHeadSelf-    f2, f4        outputs of the momentum branch
-                                                Attention         lambda        lambda_att
-  (4)       L_att: C-stream towards T-stream    attention_loss    tau           tau, from tau_at
-  (5)       L_c + L_t + lambda L_att            CARE.forward      n             blocks
-  Sec. 4.1  tau = 1 - (1 - tau_base) (cos(pi t / T) + 1) / 2      tau_at
+  equation  what                                        here                    symbol  name
+  (1), (3)  L_c, L_t: 2 - 2 cos                         similarity_loss         f1, f3  online outputs
+  (2)       softmax((q.k + q.p) / sqrt(d)) v            MultiHeadSelfAttention  f2, f4  momentum outputs
+  (4)       L_att: C-stream towards T-stream            attention_loss          lambda  lambda_att
+  (5)       L_c + L_t + lambda L_att                    CARE.forward            tau     tau, from tau_at
+  Sec. 4.1  1 - (1 - tau_base) (cos(pi t / T) + 1) / 2  tau_at                  n       blocks
 
   model = CARE(arch="resnet50")                             # x1, x2: two views, (B, 3, 224, 224), normalised
   for x, y in ((x1, x2), (x2, x1)):                         # the step's loss is the sum over both view orders
@@ -29,20 +28,16 @@ Shapes: B batch, C channels, H W feature grid, N = H*W tokens, h heads, d head w
 """
 import copy
 import math
-import pickle
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
+from torchvision import models
 
 ARCHS = {  # the paper's encoders (Tables 1-3), and two small ones
-    "resnet18": torchvision.models.resnet18,
-    "resnet34": torchvision.models.resnet34,
-    "resnet50": torchvision.models.resnet50,
-    "resnet50w2": torchvision.models.wide_resnet50_2,  # the paper's ResNet-50(2x): 68.9M parameters, 11.4 GFLOPs
-    "resnet101": torchvision.models.resnet101,
-    "resnet152": torchvision.models.resnet152,
+    "resnet18": models.resnet18, "resnet34": models.resnet34, "resnet50": models.resnet50,
+    "resnet50w2": models.wide_resnet50_2,  # the paper's ResNet-50(2x): 68.9M parameters, 11.4 GFLOPs
+    "resnet101": models.resnet101, "resnet152": models.resnet152,
 }
 METHODS = ("care", "sequential", "byol")
 POSITIONS = ("none", "sincos", "absolute", "relative")
@@ -59,10 +54,9 @@ class Encoder(nn.Module):
 
     def __init__(self, arch="resnet50", stem="imagenet"):
         super().__init__()
-        if arch not in ARCHS:
-            raise ValueError(f"arch {arch!r} is none of {', '.join(ARCHS)}")
-        if stem not in ("imagenet", "cifar"):
-            raise ValueError(f"stem {stem!r} is none of imagenet, cifar")
+        for what, value, choices in (("arch", arch, ARCHS), ("stem", stem, ("imagenet", "cifar"))):
+            if value not in choices:
+                raise ValueError(f"{what} {value!r} is none of {', '.join(choices)}")
         net = ARCHS[arch](weights=None)  # Kaiming-normal (fan out) convolutions, every batch-norm weight 1
         self.arch, self.stem, self.stride = arch, stem, 32 if stem == "imagenet" else 8
         self.dim4, self.dim5 = net.layer4[0].conv1.in_channels, net.fc.in_features
@@ -87,11 +81,10 @@ def pool(feature_map):
 
 # ------------------------------------------------------------------------------------------ transformer
 class PositionEncoding(nn.Module):
-    """The position logits q.p^T of Eq. (2); one table for all heads.
+    """The position logits q.p^T of Eq. (2); one table for all heads. ValueError for an unknown kind.
 
-    kind (Table 8): `none`; `sincos` (fixed: the first half of the channels encodes y, the second x); `absolute`
-    (learnable, p(y, x) = height[y] + width[x]); `relative` (learnable, one vector per row offset and one per
-    column offset). Learnable tables start as N(0, 1/d). ValueError for any other kind.
+    kind (Table 8): `none`; `sincos` (fixed: half the channels encode y, half x); `absolute` (learnable,
+    height[y] + width[x]); `relative` (learnable, a vector per row and column offset). Learnable: N(0, 1/d).
     """
 
     def __init__(self, kind, size, dim):
@@ -99,17 +92,16 @@ class PositionEncoding(nn.Module):
         if kind not in POSITIONS:
             raise ValueError(f"position {kind!r} is none of {', '.join(POSITIONS)}")
         self.kind, self.size = kind, size
-        for name, length, half in (("height", size[0], 0), ("width", size[1], 1)):
+        for name, length, padding in (("height", size[0], (0, dim // 2)), ("width", size[1], (dim // 2, 0))):
             if kind == "sincos":
                 frequency = 10000.0 ** (-torch.arange(0, dim // 2, 2) / (dim // 2))  # (d/4,)
                 angle = torch.arange(length)[:, None] * frequency  # (length, d/4)
-                table = torch.zeros(length, dim)
-                table[:, half * dim // 2:][:, :dim // 2] = torch.cat((angle.sin(), angle.cos()), 1)
+                table = F.pad(torch.cat((angle.sin(), angle.cos()), 1), padding)
                 self.register_buffer(name, table, persistent=False)  # (length, d)
             elif kind == "absolute":
-                self.register_parameter(name, nn.Parameter(torch.randn(length, dim) * dim ** -0.5))
+                setattr(self, name, nn.Parameter(torch.randn(length, dim) * dim ** -0.5))
             elif kind == "relative":
-                self.register_parameter(f"rel_{name}", nn.Parameter(torch.randn(2 * length - 1, dim) * dim ** -0.5))
+                setattr(self, f"rel_{name}", nn.Parameter(torch.randn(2 * length - 1, dim) * dim ** -0.5))
 
     def absolute(self):
         """p as a table (N, d) for `sincos` and `absolute`."""
@@ -138,7 +130,7 @@ class MultiHeadSelfAttention(nn.Module):
     def __init__(self, dim, heads, size, position):
         super().__init__()
         if dim % (4 * heads):
-            raise ValueError(f"heads {heads}: the {dim} attention channels do not split into heads of a multiple of 4")
+            raise ValueError(f"heads {heads}: {dim} attention channels do not split into multiples of 4")
         self.heads = heads
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1, bias=False)  # w_q, w_k, w_v; each head-major
         self.position = PositionEncoding(position, size, dim // heads)
@@ -168,8 +160,7 @@ class MultiHeadSelfAttention(nn.Module):
 class AttentionBlock(nn.Module):
     """1x1 -> self-attention -> 1x1, added to the input, ReLU (Fig. 3, left); batch norms as in the release.
 
-    `downsample=True` halves the grid of `size` after the attention and changes the width from dim_in to dim_out;
-    otherwise the shortcut is the identity and both widths must be equal.
+    `downsample` halves the grid `size` after the attention; without it, dim_in and dim_out must be equal.
     """
 
     def __init__(self, dim_in, dim_out, heads, size, position, downsample):
@@ -195,14 +186,11 @@ class AttentionBlock(nn.Module):
 
 
 class Transformer(nn.Sequential):
-    """n attention blocks (Sec. 3.2) from a map of width dim_in to one of width dim_out on the grid `size` (H, W).
-
-    With `downsample` the input has twice that grid (conv4) and the first block halves it.
-    """
+    """n attention blocks (Sec. 3.2), width dim_in -> dim_out, grid `size`; `downsample`: from twice that."""
 
     def __init__(self, n, dim_in, dim_out, heads, size, position, downsample):
-        H, W = size
-        first = AttentionBlock(dim_in, dim_out, heads, (2 * H, 2 * W) if downsample else size, position, downsample)
+        first_size = (2 * size[0], 2 * size[1]) if downsample else size
+        first = AttentionBlock(dim_in, dim_out, heads, first_size, position, downsample)
         rest = (AttentionBlock(dim_out, dim_out, heads, size, position, False) for _ in range(n - 1))
         super().__init__(first, *rest)
         for module in self.modules():
@@ -218,12 +206,10 @@ def mlp_head(dim_in, hidden_dim, dim_out):
 
 
 class Branch(nn.Module):
-    """Encoder, transformer and both projectors: exactly what the momentum branch copies.
+    """Encoder, transformer, projectors: what momentum copies; `byol`: no T-stream, `sequential`: only it."""
 
-    `byol` has no T-stream; `sequential` has one stream, encoder -> transformer -> projector_t.
-    """
-
-    def __init__(self, arch, stem, size, method, blocks, heads, position, tap, detach_trunk, hidden_dim, out_dim):
+    def __init__(self, arch, stem, size, method, blocks, heads, position, tap, detach_trunk,
+                 hidden_dim, out_dim):
         super().__init__()
         self.method, self.tap, self.detach_trunk = method, tap, detach_trunk
         self.encoder = Encoder(arch, stem)
@@ -242,10 +228,10 @@ class Branch(nn.Module):
         if self.method != "sequential":
             out["c"] = self.projector_c(pool(conv5))
         if self.method != "byol":
-            tapped = conv4 if self.tap == "conv4" else conv5  # paper: Fig. 2, conv5. release: conv4. here: --tap
-            # paper: T-stream gradients update the T-stream only (Sec. 3.3). release: the trunk too. here: a flag
-            tapped = tapped.detach() if self.detach_trunk else tapped
-            out["t"] = self.projector_t(pool(self.transformer(tapped)))
+            x = conv4 if self.tap == "conv4" else conv5  # paper: conv5 (Fig. 2). release: conv4. here: --tap
+            # paper: T-stream gradients stay in the T-stream (Sec. 3.3). release: trunk too. here: a flag
+            x = x.detach() if self.detach_trunk else x
+            out["t"] = self.projector_t(pool(self.transformer(x)))
         return out
 
 
@@ -261,12 +247,12 @@ def similarity_loss(a, b):
 
 
 def attention_loss(c, t):
-    """One term of Eq. (4): mean squared difference, over batch and dimensions, of normalised c and t (B, D)."""
+    """One term of Eq. (4): mean squared difference (batch and dimensions) of normalised c and t (B, D)."""
     return F.mse_loss(c, t)
 
 
 def output_std(x):
-    """Collapse meter of normalised outputs (B, D): mean over D of the std over B, times sqrt(D). 1 healthy, 0 collapsed."""
+    """Collapse meter of normalised x (B, D): mean over D of std over B, times sqrt(D); 0 collapsed, 1 not."""
     return x.detach().std(0).mean() * x.shape[1] ** 0.5
 
 
@@ -277,28 +263,28 @@ def tau_at(step, total_steps, tau_base=0.99):
 
 # ------------------------------------------------------------------------------------------------- CARE
 class CARE(nn.Module):
-    """Both branches, the predictors and the loss.
+    """Both branches, the predictors and the loss. ValueError for arguments that do not fit together.
 
     image_size: pixels, an int or (height, width), multiples of 32 (of 8 with stem="cifar").
-    method: `care` (parallel streams), `sequential` (one stream through the transformer, on conv5), `byol` (C-stream only).
+    method: `care` (parallel streams), `sequential` (one stream, transformer on conv5), `byol` (C-stream).
     blocks: n of Table 7. heads: attention heads. position: Table 8. tap: the map that the transformer reads.
     detach_trunk: keep T-stream gradients out of the encoder. lambda_att: lambda of Eq. (5), Table 6.
-    hidden_dim, out_dim: widths of projectors and predictors. ValueError for anything that does not fit together.
+    hidden_dim, out_dim: widths of projectors and predictors.
     """
 
-    def __init__(self, arch="resnet50", image_size=224, method="care", blocks=5, heads=4, position="relative", tap="conv4",
-                 detach_trunk=False, lambda_att=100.0, hidden_dim=4096, out_dim=256, stem="imagenet"):
+    def __init__(self, arch="resnet50", image_size=224, method="care", blocks=5, heads=4, position="relative",
+                 tap="conv4", detach_trunk=False, lambda_att=100.0, hidden_dim=4096, out_dim=256,
+                 stem="imagenet"):
         super().__init__()
-        if method not in METHODS:
-            raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
-        if tap not in TAPS:
-            raise ValueError(f"tap {tap!r} is none of {', '.join(TAPS)}")
+        for what, value, choices in (("method", method, METHODS), ("tap", tap, TAPS)):
+            if value not in choices:
+                raise ValueError(f"{what} {value!r} is none of {', '.join(choices)}")
         if blocks < 1:
             raise ValueError(f"blocks {blocks}: the transformer needs at least one")
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         stride = 32 if stem == "imagenet" else 8
         if height % stride or width % stride or min(height, width) < stride:
-            raise ValueError(f"image size {height} x {width}: both must be multiples of {stride} with the {stem} stem")
+            raise ValueError(f"image size {height} x {width}: not multiples of {stride} (stem {stem})")
         self.lambda_att = lambda_att
         self.online = Branch(arch, stem, (height // stride, width // stride), method, blocks, heads, position,
                              "conv5" if method == "sequential" else tap, detach_trunk, hidden_dim, out_dim)
@@ -311,11 +297,10 @@ class CARE(nn.Module):
     def forward(self, x_online, x_momentum):
         """One view order: two views of a batch, (B, 3, height, width) each -> dict of scalars.
 
-        loss (differentiable), loss_c, loss_t, loss_att (unscaled), std_c, std_t (collapse meters of f1 and f3);
-        the entries of a stream that the method lacks are absent.
+        loss (differentiable); by stream loss_c, loss_t, std_c, std_t (collapse); of both loss_att (unscaled).
         """
         online = self.online(x_online)
-        with torch.no_grad():  # batch norms in train mode here too: batch statistics, running statistics of their own
+        with torch.no_grad():  # batch norms in train mode here too, with running statistics of their own
             momentum = self.momentum(x_momentum)
         out = {"loss": 0.0}
         if "c" in online:
@@ -339,11 +324,7 @@ class CARE(nn.Module):
         torch._foreach_lerp_(list(self.momentum.parameters()), list(self.online.parameters()), 1 - tau)
 
     def load_released(self, path):
-        """Fill both branches and the predictors from a checkpoint in the authors' layout.
-
-        ValueError when it is not one, or when its architecture, number of blocks, position encoding or image size
-        is not this model's (the keys or shapes that differ are named). Nothing is changed then.
-        """
+        """Load a checkpoint in the authors' layout. ValueError, nothing changed, if keys or shapes differ."""
         state = load_state(path)
         own = {released_key(key): (key, value) for key, value in self.state_dict().items()}
         check_state(path, state, {key: value for key, (_, value) in own.items()})
@@ -351,13 +332,14 @@ class CARE(nn.Module):
 
 
 # ------------------------------------------------------------------------------------ weights in and out
-RELEASED_NAMES = {  # part of a key of CARE.state_dict() -> the same part in the authors' checkpoint, in this order
+RELEASED_NAMES = {  # part of a key of CARE.state_dict() -> the authors' name for it; replaced in this order
     "online.": "student_encoder.", "momentum.": "teacher_encoder.", ".encoder.": ".",
-    "projector_c.": "fc1.", "projector_t.": "fc2.",
-    "predictor_c.0": "student_encoder.fc1.4", "predictor_c.1": "student_encoder.fc1.5", "predictor_c.3": "student_encoder.fc1.7",
-    "predictor_t.0": "student_encoder.fc2.4", "predictor_t.1": "student_encoder.fc2.5", "predictor_t.3": "student_encoder.fc2.7",
-    "transformer.": "trans.net.", "mlp1.": "net.0.", "norm1.": "net.1.", "attention.": "net.3.", "position.": "pos_emb.",
-    "norm2.": "net.5.", "mlp2.": "net.7.", "norm3.": "net.8.",
+    "projector_c.": "fc1.", "predictor_c.0": "student_encoder.fc1.4",
+    "predictor_c.1": "student_encoder.fc1.5", "predictor_c.3": "student_encoder.fc1.7",
+    "projector_t.": "fc2.", "predictor_t.0": "student_encoder.fc2.4",
+    "predictor_t.1": "student_encoder.fc2.5", "predictor_t.3": "student_encoder.fc2.7",
+    "transformer.": "trans.net.", "mlp1.": "net.0.", "norm1.": "net.1.", "attention.": "net.3.",
+    "position.": "pos_emb.", "norm2.": "net.5.", "mlp2.": "net.7.", "norm3.": "net.8.",
 }
 PREFIXES = ("online.encoder.", "student_encoder.", "encoder_q.", "base_encoder.", "encoder.", "backbone.", "")
 
@@ -369,16 +351,20 @@ def released_key(key):
     return key
 
 
-def load_state(path):
-    """The tensors by name of a checkpoint file, wherever in it they lie; ValueError when it is not one.
-
-    Only tensors and plain containers are unpickled: a file that holds code is refused, and nothing in it runs.
-    """
+def load_checkpoint(path):
+    """What torch.save wrote, on the CPU. ValueError when it is broken or holds code, which never runs."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a checkpoint, truncated, or more than tensors in it "
-                         f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})") from None
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever broken bytes make the unpickler raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: truncated, not a checkpoint, or more than tensors ({reason})") from None
+
+
+def load_state(path):
+    """The tensors by name in a checkpoint file, without `module.`; ValueError when it holds no state dict."""
+    state = load_checkpoint(path)
     for name in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
@@ -397,7 +383,8 @@ def check_state(path, state, wanted, ignore=()):
     shapes = [f"{key} is {tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
               for key in wanted if key in state and state[key].shape != wanted[key].shape]
     bad = [key for key in wanted if key in state and not torch.isfinite(state[key]).all()]
-    for what, keys in (("missing", missing), ("unexpected", extra), ("wrong shape:", shapes), ("not finite:", bad)):
+    problems = {"missing": missing, "unexpected": extra, "wrong shape:": shapes, "not finite:": bad}
+    for what, keys in problems.items():
         if keys:
             more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
             raise ValueError(f"{path}: {what} {', '.join(keys[:5])}{more}")
@@ -409,11 +396,10 @@ def save_encoder(encoder, file):
 
 
 def load_encoder(path, arch=None, stem=None):
-    """The encoder in a checkpoint: `encoder.pth` or `last.pth` of this project, the authors' release, or a plain
-    torchvision / MoCo-style state dict.
+    """The encoder in `encoder.pth`, `last.pth`, the authors' release, a torchvision or MoCo-like state dict.
 
-    arch and stem are read off the shapes; ValueError when a given one contradicts them, or when a key is missing,
-    unknown (other than `fc.*`), of another shape or not finite.
+    arch and stem are read off the shapes; ValueError when a given one contradicts them, or when a key is
+    missing, unknown (other than `fc.*`), of another shape or not finite.
     """
     state = load_state(path)
     prefix = next((p for p in PREFIXES if p + "conv1.weight" in state), None)
@@ -421,14 +407,14 @@ def load_encoder(path, arch=None, stem=None):
         raise ValueError(f"{path}: no ResNet encoder in it (no conv1.weight under any known name)")
     state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     found_stem = "cifar" if state["conv1.weight"].shape[-1] == 3 else "imagenet"
-    shapes = {(key, value.shape) for key, value in state.items()}
     with torch.device("meta"):  # of nested architectures, which share as many keys, the smallest comes first
         wanted = {name: Encoder(name, found_stem).state_dict() for name in ARCHS}
-    found_arch = max(ARCHS, key=lambda name: len(shapes & {(key, value.shape) for key, value in wanted[name].items()}))
+    found_arch = max(ARCHS, key=lambda name: sum(key in state and state[key].shape == value.shape
+                                                 for key, value in wanted[name].items()))
     for what, given, found in (("arch", arch, found_arch), ("stem", stem, found_stem)):
         if given not in (None, found):
             raise ValueError(f"{path}: {what} {given} was asked for, but the file holds {found}")
     check_state(path, state, wanted[found_arch], ignore=("fc.", "trans.", "fc1.", "fc2."))
     encoder = Encoder(found_arch, found_stem)
-    encoder.load_state_dict({key: value for key, value in state.items() if key in wanted[found_arch]}, strict=False)
+    encoder.load_state_dict(state, strict=False)  # without num_batches_tracked, with fc, perhaps
     return encoder

@@ -1,14 +1,10 @@
 """Images, views and the sample stream.
 
-Images: a folder, cifar10, stl10, or the embedded `shapes` (rendered, no download). Every source is indexed as
-torchvision's data sets are: source[i] -> (PIL image in RGB, label).
-
-Views (paper Sec. 4.1, release): random resized crop, colour jitter, blur, grayscale, flip, solarize, normalisation.
-torchvision draws the parameters of every view; `per_image` applies them with torchvision and PIL in a worker (the
-reference), `augment` applies the same parameters to a whole batch on the device.
-
-The stream: sample number n of a run is fixed by (seed, n) alone: which image it is, and every random draw of its views.
-So a run does not depend on the number of workers or ranks, and one that resumes at step s goes on exactly.
+Images: a folder, cifar10, stl10, or the embedded `shapes` (rendered); source[i] -> (RGB PIL image, label).
+Views (paper Sec. 4.1, release): random resized crop, colour jitter, blur, grayscale, flip, solarize. Drawn by
+torchvision, applied by `per_image` (torchvision and PIL, in a worker: the reference) or `augment` (batched).
+The stream: sample n, its image and every draw of its views, is fixed by (seed, n) alone. So a run does not
+depend on the number of workers or ranks, and one that resumes at step s goes on exactly.
 """
 import math
 import os
@@ -69,11 +65,10 @@ def value_noise(x, y, grid):
 
 
 class Shapes(Dataset):
-    """Embedded data set: one large shape of ten, filled with its class's own pattern, on a soft random ground.
+    """Embedded data set: one large shape of ten, filled with its class's pattern, on a soft random ground.
 
-    Class i % 10. Colours are muted (the pattern carries the image); colours, place, size, period, phase, sign and a
-    slight turn (within 0.5 rad) are random. Each image is a function of (split, index) alone, equal on every machine
-    up to one gray level. `size`: pixels of the square image, any.
+    Class i % 10; muted colours, place, size, period, phase, sign, turn (within 0.5 rad) are random. An image
+    depends on (split, index) alone: equal on every machine, to one gray level. `size`: of the square, pixels.
     """
 
     classes = [f"{shape}-{pattern}" for shape, pattern in zip(SHAPES, PATTERNS)]
@@ -90,12 +85,11 @@ class Shapes(Dataset):
 
     def render(self, index):
         """-> image (size, size, 3) uint8, label, box (x0, y0, x1, y1) in pixels, mask (size, size) bool."""
-        rng = np.random.RandomState((index * 2 + (self.split == "val")) % 2 ** 32)  # its stream is frozen by numpy
+        rng = np.random.RandomState((index * 2 + (self.split == "val")) % 2 ** 32)  # frozen by numpy
         label = index % 10
         image = self.ground(rng)
-        radius = rng.uniform(0.34, 0.46)
-        centre = rng.uniform(radius, 1 - radius, 2)
-        mask = self.paint(image, rng, label, centre, radius)
+        radius = rng.uniform(0.40, 0.50)
+        mask = self.paint(image, rng, label, rng.uniform(radius, 1 - radius, 2), radius)
         return np.rint(image).astype(np.uint8), label, mask_box(mask), mask
 
     def ground(self, rng):
@@ -109,32 +103,30 @@ class Shapes(Dataset):
         return level + rng.uniform(-14, 14, 3)
 
     def paint(self, image, rng, label, centre, radius):
-        """Paint one object of class `label` into `image`; centre (y, x) and radius in parts of the size. -> its mask."""
-        turn = rng.uniform(-0.5, 0.5)
-        period, phase = rng.uniform(0.42, 0.62), rng.uniform(-0.5, 0.5, 2)
-        y, x = ((np.arange(self.size) + 0.5) / self.size - c for c in centre)
-        y, x = y[:, None] / radius, x[None, :] / radius
+        """Paint a `label` object into `image`; centre (y, x), radius: parts of the size. -> its mask."""
+        turn, period, phase = rng.uniform(-0.5, 0.5), rng.uniform(0.42, 0.62), rng.uniform(-0.5, 0.5, 2)
+        pixels = np.ogrid[:self.size, :self.size]  # rows (size, 1), columns (1, size)
+        y, x = (((pixel + 0.5) / self.size - c) / radius for pixel, c in zip(pixels, centre))
         u, v = x * math.cos(turn) + y * math.sin(turn), y * math.cos(turn) - x * math.sin(turn)
         inside = SHAPES[list(SHAPES)[label]](u, v) * radius * self.size + 0.5  # in pixels: soft edges
         centred = Shapes.classes[label].endswith(("rings", "rays", "spiral"))
-        pu, pv = (0.3 * phase[0], 0.3 * phase[1]) if centred else phase
+        pu, pv = 0.3 * phase if centred else phase
         wave = PATTERNS[list(PATTERNS)[label]](u / period + pu, v / period + pv, rng.uniform(-1, 1, (8, 8)))
-        wave = np.clip(1.5 * wave, -1, 1)[..., None] * rng.uniform(35, 65) * rng.choice((-1, 1))
+        wave = np.clip(1.5 * wave, -1, 1)[..., None] * rng.uniform(20, 65) * rng.choice((-1, 1))
         fill = np.clip(self.colour(rng, rng.uniform(90, 165)) + wave, 0, 255)
-        cover = np.clip(inside, 0, 1)[..., None]
-        image += cover * (fill - image)
+        image += np.clip(inside, 0, 1)[..., None] * (fill - image)
         return inside > 0.5
 
 
 def mask_box(mask):
-    """Smallest box (x0, y0, x1, y1), in pixels, around a mask (H, W); x1 and y1 are one past the last pixel."""
+    """Smallest box (x0, y0, x1, y1) around a mask (H, W), in pixels; x1, y1 are one past the last pixel."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return np.array((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
 
 
 # -------------------------------------------------------------------------------------------- sources
 class ImageFiles(Dataset):
-    """Every image below a folder, in sorted order, without labels (label -1). ValueError when there is none."""
+    """Every image below a folder, in sorted order, without labels (label -1). ValueError if there is none."""
 
     def __init__(self, root):
         paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True)
@@ -151,15 +143,11 @@ class ImageFiles(Dataset):
 
 
 def open_images(data, split, data_root="data", size=64, download=False):
-    """The data set `data` (a folder, `shapes`, `shapes:N`, `cifar10`, `stl10`) for `split` pretrain, train or val.
-
-    `pretrain` needs no labels: a folder without classes will do, and stl10 gives its unlabelled images. `size`:
-    pixels at which shapes are rendered. ValueError, in one line, when there is nothing to read.
-    """
+    """Folder, shapes[:N] (`size` pixels), cifar10, stl10; split: pretrain, train, val. ValueError if none."""
     name, _, count = data.partition(":")
     if name == "shapes":
         if count and not (count.isdigit() and int(count)):
-            raise ValueError(f"--data {data}: shapes:N needs a number of training images, such as shapes:4000")
+            raise ValueError(f"--data {data}: N of shapes:N is the number of training images")
         return Shapes("val", 1000, size) if split == "val" else Shapes("train", int(count or 4000), size)
     if name in ("cifar10", "stl10"):
         try:
@@ -168,30 +156,27 @@ def open_images(data, split, data_root="data", size=64, download=False):
             part = {"pretrain": "unlabeled", "train": "train", "val": "test"}[split]
             return datasets.STL10(data_root, split=part, download=download)
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"--data {data}: neither in {data_root} nor to be downloaded ({error})") from None
+            raise ValueError(f"--data {data}: not in {data_root}, nor to be downloaded ({error})") from None
     root = Path(data)
     if not root.is_dir():
         raise ValueError(f"--data {data}: no such folder (nor one of shapes, cifar10, stl10)")
     if split == "pretrain":
         return ImageFiles(root / "train" if (root / "train").is_dir() else root)
-    if not (root / split).is_dir():
-        raise ValueError(f"--data {data}: no folder {split} in it")
     try:
         return datasets.ImageFolder(root / split)
-    except FileNotFoundError as error:
-        raise ValueError(f"{root / split}: {error}") from None
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"--data {data}: no folder {split} with images by class in it ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------- views
-# One view's parameters as a row of numbers: jitter 0/1, its four factors, the order of its four steps (an index into
-# ORDERS), grayscale 0/1, blur sigma in pixels (0: none), solarize 0/1.
+# A view's row of numbers: jitter, gray, solarize 0/1; four factors; order in ORDERS; sigma in pixels, 0 none.
 PARAMETERS = ("jitter", "brightness", "contrast", "saturation", "hue", "order", "gray", "sigma", "solarize")
 ORDERS = list(permutations(range(4)))
 JITTER = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)
 
 
 def blur_sigmas(size):
-    """Smallest and largest blur sigma in pixels: the paper's 0.1 and 2 at 224 px, scaled to `size` (height, width)."""
+    """Least and largest blur sigma in pixels: the paper's 0.1, 2 at 224, scaled to `size` (height, width)."""
     return 0.1 * min(size) / 224, 2.0 * min(size) / 224
 
 
@@ -203,15 +188,15 @@ def draw(size, blur, solarize):
     return (jitter, *factors, ORDERS.index(tuple(order.tolist())), gray, sigma * blurred, solarized)
 
 
-def crop_and_flip(image, size):
-    """Random resized crop (scale 0.08-1) of a PIL image to `size` (height, width), flipped with p 0.5."""
-    box = transforms.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
+def crop_and_flip(image, size, crop_min=0.08):
+    """Random resized crop (crop_min to all of the area) of a PIL image to `size`, flipped with p 0.5."""
+    box = transforms.RandomResizedCrop.get_params(image, (crop_min, 1.0), (3 / 4, 4 / 3))
     image = TF.resized_crop(image, *box, size)
     return TF.hflip(image) if torch.rand(()) < 0.5 else image
 
 
 def per_image(image, parameters):
-    """The reference: apply one view's parameters to a PIL image with torchvision and PIL, in the release's order."""
+    """The reference: one view's parameters on a PIL image, by torchvision and PIL, in the release's order."""
     p = dict(zip(PARAMETERS, parameters))
     if p["jitter"]:
         for step in ORDERS[int(p["order"])]:
@@ -227,22 +212,24 @@ def per_image(image, parameters):
 
 
 class TwoViews:
-    """A PIL image -> two views (2, 3, height, width) and their parameters (2, 9).
+    """Image -> views (2, 3, height, width), parameters (2, 9). "device": uint8 crops, "worker": all done."""
 
-    Asymmetric as in the paper: blur with p 1.0 / 0.1, solarize with p 0.0 / 0.2. `augment="device"`: uint8, cropped and
-    flipped only; the rest is for `augment`. `augment="worker"`: everything is done here, float32.
-    """
-
-    def __init__(self, size, augment="device"):
-        self.size, self.augment = size, augment
+    def __init__(self, size, augment="device", crop_min=0.08):
+        self.size, self.augment, self.crop_min = size, augment, crop_min
 
     def __call__(self, image):
         crops, parameters = [], []
-        for blur, solarize in ((1.0, 0.0), (0.1, 0.2)):
-            crops.append(crop_and_flip(image, self.size))
+        for blur, solarize in ((1.0, 0.0), (0.1, 0.2)):  # probabilities of the two views in the paper
+            crops.append(crop_and_flip(image, self.size, self.crop_min))
             parameters.append(draw(self.size, blur, solarize))
         apply = per_image if self.augment == "worker" else lambda crop, _: TF.pil_to_tensor(crop)
         return torch.stack([apply(*pair) for pair in zip(crops, parameters)]), torch.tensor(parameters)
+
+
+def normalize(x):
+    """(B, 3, H, W), uint8 or float in 0..1 -> float32 with ImageNet's mean 0 and standard deviation 1."""
+    x = x if x.is_floating_point() else x.float() / 255
+    return (x - x.new_tensor(IMAGENET_MEAN).view(3, 1, 1)) / x.new_tensor(IMAGENET_STD).view(3, 1, 1)
 
 
 def to_gray(x):
@@ -255,15 +242,14 @@ def shift_hue(x, shift):
     r, g, b = x.unbind(1)
     value = x.amax(1)
     chroma = value - x.amin(1)
-    safe = torch.where(chroma > 0, chroma, 1)
-    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    hue = hue[:, None] + 6 * shift  # in sixths of a turn
-    k = (hue + x.new_tensor((5, 3, 1)).view(3, 1, 1)) % 6
+    c = torch.where(chroma > 0, chroma, 1)  # no division by zero
+    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c))
+    k = (hue[:, None] + 6 * shift + x.new_tensor((5, 3, 1)).view(3, 1, 1)) % 6  # in sixths of a turn
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def blur(x, sigma, radius):
-    """Gaussian blur of (B, C, H, W), one sigma (B,) in pixels each, kernels of 2 * radius + 1, reflected borders."""
+    """Gaussian blur of (B, C, H, W), sigma (B,) in pixels, kernels of 2 * radius + 1, reflected borders."""
     B, C, H, W = x.shape
     taps = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)  # (B, K)
@@ -274,7 +260,7 @@ def blur(x, sigma, radius):
 
 
 def augment(x, parameters):
-    """Batched `per_image`: crops (B, 3, H, W) uint8 on any device, parameters (B, 9) on the CPU -> normalised float32."""
+    """Batched `per_image`: crops (B, 3, H, W) uint8, parameters (B, 9) on the CPU -> normalised float32."""
     p = dict(zip(PARAMETERS, parameters.unbind(1)))
     x = x.float() / 255
     pick = lambda rows: rows.nonzero()[:, 0]  # on the CPU: the device is not waited for
@@ -290,38 +276,35 @@ def augment(x, parameters):
             if name == "hue":
                 x[rows] = shift_hue(part, factor)
                 continue
-            towards = {"brightness": 0, "contrast": to_gray(part).mean((2, 3), keepdim=True), "saturation": to_gray(part)}
+            gray = to_gray(part)
+            towards = {"brightness": 0, "contrast": gray.mean((2, 3), keepdim=True), "saturation": gray}
             x[rows] = (factor * part + (1 - factor) * towards[name]).clamp(0, 1)
     rows = pick(p["sigma"] > 0)
     if len(rows):
-        radius = math.ceil(3 * blur_sigmas(x.shape[2:])[1])
         sigma, rows = device(p["sigma"][rows]), device(rows)
-        x[rows] = blur(x[rows], sigma, radius)
+        x[rows] = blur(x[rows], sigma, radius=math.ceil(3 * blur_sigmas(x.shape[2:])[1]))
     rows = device(pick(p["gray"] > 0))
     x[rows] = to_gray(x[rows]).expand(-1, 3, -1, -1)
     rows = device(pick(p["solarize"] > 0))
     part = x[rows]
     x[rows] = torch.where(part >= 128 / 255, 1 - part, part)
-    return (x - x.new_tensor(IMAGENET_MEAN).view(3, 1, 1)) / x.new_tensor(IMAGENET_STD).view(3, 1, 1)
+    return normalize(x)
 
 
 # --------------------------------------------------------------------------------------------- stream
 class Stream(Dataset):
-    """Samples of an endless, reproducible stream: item n -> (transform(image), label, bad).
+    """Endless, seeded stream: item n -> (transform(image), label, bad: unreadable indices, passed over)."""
 
-    Every `per_epoch` samples a new permutation of the source begins. Permutation and random draws depend on seed and
-    n alone. An image that cannot be read is replaced by the next one that can; `bad` lists the unreadable indices.
-    """
-
-    def __init__(self, source, transform, seed, per_epoch):
+    def __init__(self, source, transform, seed, per_epoch, shuffle=True):
         self.source, self.transform, self.seed, self.per_epoch = source, transform, seed, per_epoch
-        self.epoch, self.order = None, None
+        self.epoch, self.order = None, None if shuffle else range(len(source))
 
     def index(self, n):
-        """Which image of the source sample n is."""
+        """Which image of the source sample n is; every `per_epoch` samples a new permutation begins."""
         epoch, offset = divmod(n, self.per_epoch)
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
+        if epoch != self.epoch and not isinstance(self.order, range):
+            self.epoch = epoch
+            self.order = np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
         return int(self.order[offset])
 
     def __getitem__(self, n):
@@ -345,8 +328,7 @@ class Stream(Dataset):
 
 
 class StreamSampler:
-    """Batches of sample numbers for one rank: step s is samples [s*B, (s+1)*B), rank r has its r-th slice, and
-    accumulation j of the step is the j-th slice of that."""
+    """Sample numbers for a rank: step s is [s*B, (s+1)*B), sliced by rank, each slice by accumulation."""
 
     def __init__(self, start, stop, batch_size, rank=0, world=1, accum_steps=1):
         self.start, self.stop, self.batch_size = start, stop, batch_size
@@ -364,6 +346,6 @@ class StreamSampler:
 
 
 def collate(samples):
-    """Stack a list of Stream items: tensors and labels batched, the indices of unreadable images concatenated."""
+    """Stack a list of Stream items: tensors and labels batched, indices of unreadable images concatenated."""
     batch, labels, bad = zip(*samples)
-    return torch.utils.data.default_collate(batch), torch.tensor(labels), [index for indices in bad for index in indices]
+    return torch.utils.data.default_collate(batch), torch.tensor(labels), sum(bad, [])

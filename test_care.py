@@ -1,0 +1,927 @@
+"""Tests: `pytest -q`. No network and no GPU are needed; what only a GPU shows is skipped, with the reason, without one."""
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageFilter
+from torchvision import transforms
+
+import care
+import data
+import train
+from care import CARE, Encoder, MultiHeadSelfAttention, PositionEncoding, load_encoder, save_encoder
+
+HERE = Path(__file__).resolve().parent
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+def small(**changes):
+    """A small CARE model in float64."""
+    torch.manual_seed(0)
+    settings = dict(arch="resnet18", image_size=64, blocks=2, hidden_dim=32, out_dim=16) | changes
+    return CARE(**settings).double()
+
+
+def two_views(size=64, batch=4):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(batch, 3, size, size, dtype=torch.float64, generator=generator) for _ in range(2)]
+
+
+# ------------------------------------------------------------------------ the method against the release
+# Outputs, losses, gradients and one step of the authors' released code, float64, for the values of `fill` and `view`.
+GOLDEN = json.loads("""
+{"absolute": {"eval": {"pooled_mean": 1.7756194707011925, "pooled_std": 2.0517042837496957,
+"pooled_0_first8": [2.5540486228263752, 0.9189660064949041, 0.27411932877611356, 0.736994158516361,
+0.028263601550921464, 1.6866480683415774, 0.4364266862961439, 0.04602342327543906], "f1_0_first8":
+[0.003538822989646087, -0.02495642003227202, 0.05391495323125643, 0.16279727872997612,
+-0.053694497767539165, 0.004813299742052349, -0.029011391303165268, -0.056643816010744606], "f3_0_first8":
+[0.04191866116697192, 0.0454283930160665, 0.042163650724508554, -0.08937252480371344, -0.08314999743536501,
+0.003366834956660878, 0.04564162233614407, -0.014460219802311871], "f2_0_first8": [-0.008301382291667816,
+0.0006764947071574368, -0.11309818284298664, -0.02464124083569241, -0.015010604667907705,
+0.06007356456144095, -0.1231151347024109, 0.07091436546835782], "f4_0_first8": [0.0012446626848258463,
+-0.011336724545721063, 0.01741102713409061, -0.02837219283402234, 0.05204941258235092, 0.08431005476054311,
+0.07916015589970121, 0.02961029761664298], "transformer_map_mean": 1.9112474678212683,
+"transformer_map_std": 2.2007184049681316}, "train_parts": {"L_c[x1->x2]": 1.9474592838595524,
+"L_c[x2->x1]": 2.091788969944875, "L_t[x1->x2]": 2.0756669708082964, "L_t[x2->x1]": 1.9831425710239283,
+"L_att_online[x1]": 0.008117649761050613, "L_att_online[x2]": 0.008061227889334456, "L_att_momentum[x2]":
+0.007644396143721889, "L_att_momentum[x1]": 0.007681466354938614}, "train_total": {"loss":
+11.248531810541209, "L_c": 4.039248253804427, "L_t": 4.058809541832225, "lambda*L_att": 3.150474014904557},
+"grad_norm": {"conv1.weight": 83.9055896663312, "bn1.weight": 6.351513389169708, "layer1.0.conv1.weight":
+9.661435210747085, "layer3.5.conv2.weight": 21.22018282963558, "layer4.0.downsample.0.weight":
+12.158130760372233, "layer4.2.conv3.weight": 1.9205925563369155, "trans.net.0.shortcut.0.weight":
+76.05031908429359, "trans.net.0.net.0.weight": 27.644655003776094, "trans.net.0.net.3.to_qkv.weight":
+17.114098914695727, "trans.net.0.net.3.pos_emb.height": 0.44248001088889266,
+"trans.net.0.net.3.pos_emb.width": 0.5379085894444854, "trans.net.4.net.3.to_qkv.weight": 7.109926063944777,
+"trans.net.4.net.7.weight": 5.333634574885192, "fc1.0.weight": 18.254938820949967, "fc1.3.weight":
+12.608322689063247, "fc1.4.weight": 3.264791154851933, "fc1.7.weight": 8.388067728017827, "fc2.0.weight":
+22.8319440750204, "fc2.7.weight": 7.846244150819012}, "grad_sum": {"conv1.weight": -80.76597074904964,
+"bn1.weight": -1.3372206173772574, "layer1.0.conv1.weight": -2.79442182489091, "layer3.5.conv2.weight":
+-3.4233659529273677, "layer4.0.downsample.0.weight": -23.97914089520962, "layer4.2.conv3.weight":
+-5.490106273287397, "trans.net.0.shortcut.0.weight": 1042.7156908387478, "trans.net.0.net.0.weight":
+55.73995899492614, "trans.net.0.net.3.to_qkv.weight": -121.41813924454647,
+"trans.net.0.net.3.pos_emb.height": 2.229119666630197e-16, "trans.net.0.net.3.pos_emb.width":
+2.5326962749261384e-16, "trans.net.4.net.3.to_qkv.weight": -8.685346802338504, "trans.net.4.net.7.weight":
+2.5040449240547566, "fc1.0.weight": 77.0782654305575, "fc1.3.weight": -0.3403805037723915, "fc1.4.weight":
+2.638075646311279, "fc1.7.weight": 52.58433868732324, "fc2.0.weight": -18.313586200800387, "fc2.7.weight":
+124.67634157278513}, "all_grad_norm": 188.6783990104372, "after_step": {"online": {"conv1.weight":
+12.03765713158644, "layer4.2.conv3.weight": 63.95372829542739, "trans.net.4.net.7.weight":
+64.09166863607919, "fc1.0.weight": 63.99384374739337, "fc2.3.weight": 15.996487637085483,
+"bn1.running_mean": 0.6497191639305808, "layer4.2.bn3.running_var": 45.56575513728046, "fc1.1.running_mean":
+8.336375519718999}, "momentum": {"conv1.weight": 11.159538630141872, "layer4.2.conv3.weight":
+63.36864835842491, "trans.net.4.net.7.weight": 63.36076788467019, "fc1.0.weight": 63.375422782517646,
+"fc2.3.weight": 15.838225244638949, "bn1.running_mean": 0.5998932458566877, "layer4.2.bn3.running_var":
+45.58297378138011, "fc1.1.running_mean": 8.160419109781685}}}, "relative": {"eval": {"pooled_mean":
+1.7756194707011925, "pooled_std": 2.0517042837496957, "pooled_0_first8": [2.5540486228263752,
+0.9189660064949041, 0.27411932877611356, 0.736994158516361, 0.028263601550921464, 1.6866480683415774,
+0.4364266862961439, 0.04602342327543906], "f1_0_first8": [0.003538822989646087, -0.02495642003227202,
+0.05391495323125643, 0.16279727872997612, -0.053694497767539165, 0.004813299742052349,
+-0.029011391303165268, -0.056643816010744606], "f3_0_first8": [0.040722379015514294, 0.04594760239587129,
+0.04158939906941564, -0.08986424354449757, -0.08331381305525566, 0.0029848672410615457,
+0.044863436914710654, -0.01364133640022283], "f2_0_first8": [-0.008301382291667816, 0.0006764947071574368,
+-0.11309818284298664, -0.02464124083569241, -0.015010604667907705, 0.06007356456144095, -0.1231151347024109,
+0.07091436546835782], "f4_0_first8": [0.000719095470088737, -0.014300216422436238, 0.017273482700602794,
+-0.02946023558450092, 0.051444148876412604, 0.08432221797040994, 0.0791481889205617, 0.02936928697818375],
+"transformer_map_mean": 1.9124413546569674, "transformer_map_std": 2.201214375455488}, "train_parts":
+{"L_c[x1->x2]": 1.9474592838595524, "L_c[x2->x1]": 2.091788969944875, "L_t[x1->x2]": 2.0548064261939607,
+"L_t[x2->x1]": 2.0370844551826166, "L_att_online[x1]": 0.008084644033181008, "L_att_online[x2]":
+0.008056252317829795, "L_att_momentum[x2]": 0.007574802425696238, "L_att_momentum[x1]":
+0.007592074395560939}, "train_total": {"loss": 11.261916452407803, "L_c": 4.039248253804427, "L_t":
+4.091890881376577, "lambda*L_att": 3.1307773172267983}, "grad_norm": {"conv1.weight": 95.91264002334917,
+"bn1.weight": 6.332343058944432, "layer1.0.conv1.weight": 11.007027319104171, "layer3.5.conv2.weight":
+24.593958650848254, "layer4.0.downsample.0.weight": 12.059130905864672, "layer4.2.conv3.weight":
+1.9059831396714506, "trans.net.0.shortcut.0.weight": 89.79258720436457, "trans.net.0.net.0.weight":
+32.28829081154443, "trans.net.0.net.3.to_qkv.weight": 19.61147092288713,
+"trans.net.0.net.3.pos_emb.rel_height": 0.3965086830255227, "trans.net.0.net.3.pos_emb.rel_width":
+0.4105851406444063, "trans.net.4.net.3.to_qkv.weight": 8.7957357425576, "trans.net.4.net.7.weight":
+6.173027679287046, "fc1.0.weight": 18.025681786164558, "fc1.3.weight": 12.687825286018546, "fc1.4.weight":
+3.285539918163374, "fc1.7.weight": 8.362929563996737, "fc2.0.weight": 27.873190771930894, "fc2.7.weight":
+7.801321425641719}, "grad_sum": {"conv1.weight": -81.63807326702155, "bn1.weight": -0.7289532706544577,
+"layer1.0.conv1.weight": 18.50244134466952, "layer3.5.conv2.weight": 111.31359668906607,
+"layer4.0.downsample.0.weight": -19.114952848905947, "layer4.2.conv3.weight": -6.83193308066996,
+"trans.net.0.shortcut.0.weight": 140.4119709506457, "trans.net.0.net.0.weight": 25.628729415166923,
+"trans.net.0.net.3.to_qkv.weight": 54.994536726506695, "trans.net.0.net.3.pos_emb.rel_height":
+-8.224757680475037e-16, "trans.net.0.net.3.pos_emb.rel_width": -1.3118846287074604e-15,
+"trans.net.4.net.3.to_qkv.weight": -37.51760740494025, "trans.net.4.net.7.weight": 0.4769814126128997,
+"fc1.0.weight": 70.23468082385693, "fc1.3.weight": -4.831195408415541, "fc1.4.weight": 3.2692406390330575,
+"fc1.7.weight": 47.0969284577525, "fc2.0.weight": -6.747017827125983, "fc2.7.weight": 124.95633779287475},
+"all_grad_norm": 218.19678945812936, "after_step": {"online": {"conv1.weight": 12.259808553689377,
+"layer4.2.conv3.weight": 63.953727202856754, "trans.net.4.net.7.weight": 64.09185700954461, "fc1.0.weight":
+63.993682319462586, "fc2.3.weight": 16.00200309061499, "bn1.running_mean": 0.6497191639305808,
+"layer4.2.bn3.running_var": 45.56575513728046, "fc1.1.running_mean": 8.336375519718999}, "momentum":
+{"conv1.weight": 11.158810848576382, "layer4.2.conv3.weight": 63.368648336039406,
+"trans.net.4.net.7.weight": 63.36077189092994, "fc1.0.weight": 63.37542411662645, "fc2.3.weight":
+15.838232763945767, "bn1.running_mean": 0.5998932458566877, "layer4.2.bn3.running_var": 45.58297378138011,
+"fc1.1.running_mean": 8.160419109781685}}}}
+""")
+
+
+def fill(name, shape, seed=2021):
+    """The value of a parameter or buffer, by its released name, from which the golden figures were computed."""
+    if name.endswith("num_batches_tracked"):
+        return np.zeros(shape, np.int64)
+    z = np.random.RandomState(zlib.crc32(name.encode()) ^ seed).standard_normal(shape).astype(np.float32)
+    if name.endswith("running_var"):
+        return 1 + 0.1 * np.abs(z)
+    if name.endswith("running_mean"):
+        return 0.1 * z
+    if "pos_emb" in name:
+        return z * 128 ** -0.5
+    if len(shape) == 4:
+        return z * math.sqrt(2.0 / (shape[1] * shape[2] * shape[3]))
+    if len(shape) == 2:
+        return z * math.sqrt(1.0 / shape[1])
+    if name.endswith(("bn3.weight", "net.8.weight")):
+        return 0.2 * (1 + 0.1 * z)
+    if name.endswith("weight"):
+        return 1 + 0.1 * z
+    return 0.1 * z
+
+
+def filled_state(model, prefix=""):
+    """A checkpoint in the authors' layout for this model's architecture, filled by the rule."""
+    return {prefix + name: torch.from_numpy(np.asarray(fill(name, tuple(value.shape))))
+            for name, value in ((care.released_key(key), value) for key, value in model.state_dict().items())}
+
+
+def view(which, batch=3, size=224):
+    values = np.random.RandomState(2021 + which).standard_normal((batch, 3, size, size)).astype(np.float32)
+    return torch.from_numpy(values).double()
+
+
+def close(found, expected, relative=1e-8):
+    torch.testing.assert_close(torch.as_tensor(found, dtype=torch.float64),
+                               torch.as_tensor(expected, dtype=torch.float64), rtol=relative, atol=0)
+
+
+@pytest.mark.parametrize("position", ["absolute", "relative"])
+def test_golden(position, tmp_path):
+    golden = GOLDEN[position]
+    model = CARE(position=position)
+    torch.save({"start_epoch": 100, "model": filled_state(model, "module."), "optimizer": {}}, tmp_path / "100_ckpt.pth.tar")
+    model.load_released(tmp_path / "100_ckpt.pth.tar")
+    if position == "relative":  # the encoder alone, as the evaluation scripts read it, in float32
+        encoder = load_encoder(tmp_path / "100_ckpt.pth.tar").eval()
+        with torch.no_grad():
+            pooled = care.pool(encoder(view(1).float())[1])
+        close(pooled[0, :8], golden["eval"]["pooled_0_first8"], 1e-4)
+        close([pooled.mean(), pooled.std()], [golden["eval"]["pooled_mean"], golden["eval"]["pooled_std"]], 1e-4)
+    model.double().eval()
+    x1, x2 = view(1), view(2)
+    with torch.no_grad():
+        conv4, conv5 = model.online.encoder(x1)
+        pooled, mapped = care.pool(conv5), model.online.transformer(conv4)
+        online, momentum = model.online(x1), model.momentum(x1)
+        outputs = {"f1": model.predictor_c(online["c"]), "f3": model.predictor_t(online["t"]),
+                   "f2": momentum["c"], "f4": momentum["t"]}
+    expected = golden["eval"]
+    for name, value in outputs.items():
+        close(care.normalize(value)[0, :8], expected[f"{name}_0_first8"])
+    close(pooled[0, :8], expected["pooled_0_first8"])
+    close([pooled.mean(), pooled.std(), mapped.mean(), mapped.std()],
+          [expected[key] for key in ("pooled_mean", "pooled_std", "transformer_map_mean", "transformer_map_std")])
+
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0, momentum=0.9, weight_decay=1e-4)
+    parts = {}
+    for name, x, y in (("x1->x2", x1, x2), ("x2->x1", x2, x1)):
+        parts[name] = model(x, y)
+        parts[name]["loss"].backward()
+        close(parts[name]["loss_c"], golden["train_parts"][f"L_c[{name}]"])
+        close(parts[name]["loss_t"], golden["train_parts"][f"L_t[{name}]"])
+        first, second = name.split("->")
+        close(parts[name]["loss_att"], golden["train_parts"][f"L_att_online[{first}]"]
+              + golden["train_parts"][f"L_att_momentum[{second}]"])
+    total = {key: sum(part[key].detach() for part in parts.values()) for key in ("loss", "loss_c", "loss_t", "loss_att")}
+    close([total["loss"], total["loss_c"], total["loss_t"], 100 * total["loss_att"]],
+          [golden["train_total"][key] for key in ("loss", "L_c", "L_t", "lambda*L_att")])
+    gradients = {care.released_key(name).removeprefix("student_encoder."): p.grad
+                 for name, p in model.named_parameters() if p.grad is not None}
+    for name, norm in golden["grad_norm"].items():
+        close(gradients[name].norm(), norm)
+        assert abs(gradients[name].sum() - golden["grad_sum"][name]) <= 1e-8 * norm
+    close(torch.stack([g.norm() for g in gradients.values()]).norm(), golden["all_grad_norm"])
+
+    optimizer.param_groups[0]["lr"] = 0.05
+    optimizer.step()
+    model.update_momentum(0.99)
+    state = {care.released_key(key): value for key, value in model.state_dict().items()}
+    for branch, prefix in (("online", "student_encoder."), ("momentum", "teacher_encoder.")):
+        for name, norm in golden["after_step"][branch].items():
+            close(state[prefix + name].norm(), norm)
+
+
+# ----------------------------------------------------------------------------------- parts of the method
+def test_relative_encoding_is_the_naive_double_loop():
+    H, W, d = 3, 5, 8
+    encoding = PositionEncoding("relative", (H, W), d).double()
+    q = torch.randn(2, 4, H * W, d, dtype=torch.float64)
+    expected = torch.zeros(2, 4, H * W, H * W, dtype=torch.float64)
+    for i in range(H * W):
+        for j in range(H * W):
+            (y, x), (key_y, key_x) = divmod(i, W), divmod(j, W)
+            p = encoding.rel_height[key_y - y + H - 1] + encoding.rel_width[key_x - x + W - 1]
+            expected[:, :, i, j] = q[:, :, i] @ p
+    torch.testing.assert_close(encoding(q), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("position", ["none", "sincos", "absolute"])
+def test_one_matmul_form_is_the_two_matmul_form(position):
+    attention = MultiHeadSelfAttention(32, 4, (3, 5), position).double()
+    x = torch.randn(2, 32, 3, 5, dtype=torch.float64)
+    q, k, v = attention.qkv(x)
+    p = attention.position(q)
+    assert (p == 0).all() if position == "none" else p.shape == (2, 4, 15, 15)
+    weights = ((q @ k.transpose(2, 3) + p) / 8 ** 0.5).softmax(3)
+    expected = (weights @ v).permute(0, 1, 3, 2).reshape(2, 32, 3, 5)
+    torch.testing.assert_close(attention(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(attention.attention(q, k), weights, rtol=1e-12, atol=1e-12)
+
+
+def test_sincos_tells_every_position_apart():
+    table = PositionEncoding("sincos", (4, 6), 32).absolute()
+    assert (torch.cdist(table, table) + torch.eye(24) > 0.5).all()
+    assert not list(PositionEncoding("sincos", (4, 6), 32).parameters())
+
+
+@pytest.mark.parametrize("size", [64, (64, 96), (96, 32)])
+@pytest.mark.parametrize("position", care.POSITIONS)
+def test_any_feature_map_size(size, position):
+    model = small(image_size=size, position=position)
+    height, width = (size, size) if isinstance(size, int) else size
+    x = torch.randn(2, 3, height, width, dtype=torch.float64)
+    assert model(x, x)["loss"].isfinite()
+    conv4, conv5 = model.online.encoder(x)
+    assert model.online.transformer(conv4).shape == conv5.shape == (2, 512, height // 32, width // 32)
+
+
+def test_gradients_reach_only_what_they_should():
+    model, (x1, x2) = small(), two_views()
+    online, momentum = model.online(x1), model.momentum(x2)
+    f1, f3 = care.normalize(model.predictor_c(online["c"])), care.normalize(model.predictor_t(online["t"]))
+    out = model(x1, x2)
+    # The gradient of the whole loss in the T-stream is that of L_t alone: L_att sends none into it.
+    t_stream = [*model.online.transformer.parameters(), *model.online.projector_t.parameters(), *model.predictor_t.parameters()]
+    whole = torch.autograd.grad(out["loss"], t_stream)
+    alone = torch.autograd.grad(care.similarity_loss(f3, care.normalize(momentum["t"].detach())), t_stream)
+    for a, b in zip(whole, alone):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    model(x1, x2)["loss"].backward()
+    assert all(p.grad is None for p in model.momentum.parameters())
+    assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith("momentum"))
+    # L_att does reach the C-stream's predictor.
+    with_att = model.predictor_c[3].weight.grad.clone()
+    model.zero_grad()
+    model.lambda_att = 0.0
+    model(x1, x2)["loss"].backward()
+    assert not torch.allclose(with_att, model.predictor_c[3].weight.grad)
+    assert f1.shape == (4, 16)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_detach_trunk(detach):
+    model, (x1, x2) = small(detach_trunk=detach, lambda_att=0.0), two_views()
+    conv1 = model.online.encoder.conv1.weight
+    whole = torch.autograd.grad(model(x1, x2)["loss"], conv1)[0]
+    online, momentum = model.online(x1), model.momentum(x2)
+    loss_c = care.similarity_loss(care.normalize(model.predictor_c(online["c"])), care.normalize(momentum["c"].detach()))
+    c_stream_only = torch.autograd.grad(loss_c, conv1)[0]
+    assert torch.allclose(whole, c_stream_only, rtol=1e-9) == detach
+
+
+@pytest.mark.parametrize("position", ["absolute", "relative"])
+def test_two_half_steps_are_the_summed_loss_bit_for_bit(position):
+    x1, x2 = two_views()
+    halves, summed = small(position=position), small(position=position)
+    for x, y in ((x1, x2), (x2, x1)):
+        halves(x, y)["loss"].backward()
+    (summed(x1, x2)["loss"] + summed(x2, x1)["loss"]).backward()
+    for a, b in zip(halves.parameters(), summed.parameters()):
+        assert a.grad is None and b.grad is None or torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("arch, millions", [("resnet50", 25.56), ("resnet50w2", 68.88), ("resnet101", 44.55), ("resnet152", 60.19)])
+def test_parameter_counts(arch, millions):
+    with torch.device("meta"):
+        encoder = Encoder(arch)
+    classifier = encoder.dim5 * 1000 + 1000
+    assert round((sum(p.numel() for p in encoder.parameters()) + classifier) / 1e6, 2) == millions
+
+
+def test_methods_and_taps():
+    x1, x2 = two_views()
+    byol = small(method="byol")
+    assert set(byol(x1, x2)) == {"loss", "loss_c", "std_c"} and not hasattr(byol.online, "transformer")
+    sequential = small(method="sequential", tap="conv5")
+    out = sequential(x1, x2)
+    assert set(out) == {"loss", "loss_t", "std_t"} and not hasattr(sequential.online, "projector_c")
+    assert sequential.online.transformer[0].mlp1.in_channels == 512
+    tap5 = small(tap="conv5")
+    assert all(isinstance(block.shortcut, torch.nn.Identity) for block in tap5.online.transformer)
+    out = tap5(x1, x2)
+    assert set(out) == {"loss", "loss_c", "loss_t", "loss_att", "std_c", "std_t"}
+    close(out["loss"].detach(), out["loss_c"] + out["loss_t"] + 100 * out["loss_att"], 1e-12)
+    assert len(small(blocks=6).online.transformer) == 6
+
+
+def test_collapse_meter():
+    generator = torch.Generator().manual_seed(0)
+    assert care.output_std(care.normalize(torch.ones(64, 256))) == 0
+    healthy = care.output_std(care.normalize(torch.randn(4096, 256, generator=generator)))
+    assert abs(healthy - 1) < 0.01
+
+
+def test_momentum_schedule_and_update():
+    assert care.tau_at(0, 100) == 0.99 and care.tau_at(100, 100) == 1.0
+    assert care.tau_at(50, 100) == pytest.approx(0.995)
+    model = small()
+    for p in model.online.parameters():
+        p.data.add_(1.0)
+    before = [p.clone() for p in model.momentum.parameters()]
+    buffers = [b.clone() for b in model.momentum.buffers()]
+    model.update_momentum(0.9)
+    for p, old, new in zip(model.momentum.parameters(), before, model.online.parameters()):
+        torch.testing.assert_close(p, 0.9 * old + 0.1 * new)
+    assert all(map(torch.equal, buffers, model.momentum.buffers()))
+
+
+def test_learning_rate_schedule():
+    rates = [train.lr_at(step, 100, 10, 0.2) for step in range(101)]
+    assert rates[0] == 1e-6 and rates[10] == 0.2 and rates[100] == 0
+    assert rates[5] == pytest.approx((1e-6 + 0.2) / 2)
+    assert rates[55] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("bad", [dict(image_size=50), dict(method="dino"), dict(position="rope"), dict(tap="conv3"),
+                                 dict(blocks=0), dict(heads=5), dict(arch="vgg16"), dict(stem="patch")])
+def test_model_refuses(bad):
+    with pytest.raises(ValueError):
+        small(**bad)
+
+
+# ----------------------------------------------------------------------------------- weights in and out
+@pytest.mark.parametrize("position", ["absolute", "relative"])
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_load_released(position, prefix, tmp_path):
+    model = small(position=position)
+    state = filled_state(model, prefix)
+    torch.save({"start_epoch": 100, "model": state, "optimizer": {}}, tmp_path / "ckpt.pth.tar")
+    model.load_released(tmp_path / "ckpt.pth.tar")
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[prefix + care.released_key(key)].to(value.dtype))
+    before = {key: value.clone() for key, value in small(blocks=3).state_dict().items()}
+    others = {"blocks": small(blocks=3), "arch": small(arch="resnet34"), "size": small(image_size=96),
+              "position": small(position="relative" if position == "absolute" else "absolute")}
+    for other in others.values():
+        with pytest.raises(ValueError, match="missing|unexpected|wrong shape"):
+            other.load_released(tmp_path / "ckpt.pth.tar")
+    assert all(torch.equal(value, before[key]) for key, value in others["blocks"].state_dict().items())
+
+
+@pytest.mark.parametrize("arch, stem", [("resnet18", "imagenet"), ("resnet34", "cifar"), ("resnet50", "imagenet"), ("resnet50w2", "imagenet")])
+def test_load_encoder_reads_every_format(arch, stem, tmp_path):
+    torch.manual_seed(0)
+    encoder = Encoder(arch, stem)
+    state = encoder.state_dict()
+    save_encoder(encoder, tmp_path / "own.pth")
+    with_fc = state | {"fc.weight": torch.zeros(3, encoder.dim5), "fc.bias": torch.zeros(3)}
+    files = {
+        "last": {"model": {f"{branch}.encoder.{key}": value + (0 if branch == "online" else 1)
+                           for branch in ("momentum", "online") for key, value in state.items()}, "step": 3},
+        "torchvision": with_fc,
+        "mocov2": {"epoch": 1, "state_dict": {f"module.encoder_q.{key}": value for key, value in with_fc.items()}},
+        "mocov3": {"state_dict": {f"module.base_encoder.{key}": value for key, value in with_fc.items()}},
+        "untracked": {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")},
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+    for path in tmp_path.glob("*.pth"):
+        loaded = load_encoder(path)
+        assert (loaded.arch, loaded.stem) == (arch, stem)
+        assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in state.items())
+
+
+def test_load_encoder_refuses(tmp_path):
+    encoder = Encoder("resnet18")
+    path = tmp_path / "e.pth"
+
+    def refused(content, match, **given):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=match) as caught:
+            load_encoder(path, **given)
+        assert "\n" not in str(caught.value)
+
+    state = encoder.state_dict()
+    refused(state, "resnet50 was asked for, but the file holds resnet18", arch="resnet50")
+    refused(state, "stem cifar was asked for", stem="cifar")
+    refused({key: value for key, value in state.items() if key != "layer3.0.conv1.weight"}, "missing layer3.0.conv1.weight")
+    refused(state | {"layer9.weight": torch.zeros(1)}, "unexpected layer9.weight")
+    refused(state | {"bn1.weight": torch.zeros(3)}, "wrong shape: bn1.weight")
+    refused(state | {"bn1.weight": torch.full((64,), math.nan)}, "not finite: bn1.weight")
+    refused({"weights": torch.zeros(3)}, "no ResNet encoder")
+    refused([1, 2], "no state dict")
+    torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match="truncated"):
+        load_encoder(path)
+    (tmp_path / "code.pth").write_bytes(pickle.dumps(Code(str(tmp_path / "ran")), protocol=2))
+    with pytest.raises(ValueError, match="more than tensors"):
+        load_encoder(tmp_path / "code.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+class Code:
+    """Runs when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+# ------------------------------------------------------------------------------------- data, views, stream
+def test_shapes_are_functions_of_split_and_index():
+    shapes, again = data.Shapes("train", 50, 64), data.Shapes("train", 9, 64)
+    for index in (0, 8, 3):
+        image, label, box, mask = shapes.render(index)
+        assert np.array_equal(image, again.render(index)[0]) and label == index % 10
+        assert not np.array_equal(image, data.Shapes("val", 50, 64).render(index)[0])
+        assert image.dtype == np.uint8 and image.shape == (64, 64, 3) and mask.shape == (64, 64)
+        assert np.array_equal(box, data.mask_box(mask)) and 0.1 < mask.mean() < 0.75
+    for index in range(10):  # the same image at any size: coarse averages agree
+        small_image, large = (data.Shapes("train", 10, size).render(index)[0].astype(float) for size in (64, 256))
+        large = large.reshape(64, 4, 64, 4, 3).mean((1, 3))
+        assert np.abs(small_image - large).mean() < 4
+
+
+def photo(seed, height=80, width=100):
+    """A smooth, colourful image: random coarse noise, enlarged."""
+    coarse = np.random.RandomState(seed).randint(0, 256, (8, 10, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
+
+
+def row(**values):
+    """One view's parameters as `draw` gives them, neutral unless said otherwise."""
+    neutral = dict(jitter=0, brightness=1, contrast=1, saturation=1, hue=0, order=0, gray=0, sigma=0, solarize=0)
+    return [float((neutral | values)[name]) for name in data.PARAMETERS]
+
+
+def batched(images, rows):
+    """`augment` on a batch of PIL images, de-normalised to 0..1."""
+    x = data.augment(torch.stack([TF.pil_to_tensor(image) for image in images]), torch.tensor(rows))
+    return x * torch.tensor(data.IMAGENET_STD).view(3, 1, 1) + torch.tensor(data.IMAGENET_MEAN).view(3, 1, 1)
+
+
+def test_device_jitter_is_torchvisions():
+    """Against torchvision's float operations, in all 24 orders, to 1e-4: its luma weights have four digits."""
+    rng = np.random.RandomState(0)
+    images = [photo(i) for i in range(24)]
+    rows = [row(jitter=1, brightness=rng.uniform(0.6, 1.4), contrast=rng.uniform(0.6, 1.4), saturation=rng.uniform(0.8, 1.2),
+                hue=rng.uniform(-0.1, 0.1), order=order) for order in range(24)]
+    for image, parameters, found in zip(images, rows, batched(images, rows)):
+        expected, p = TF.to_tensor(image), dict(zip(data.PARAMETERS, parameters))
+        for step in data.ORDERS[int(p["order"])]:
+            name = ("brightness", "contrast", "saturation", "hue")[step]
+            expected = getattr(TF, f"adjust_{name}")(expected, p[name])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_device_gray_solarize_flip_and_normalisation():
+    images = [photo(i) for i in range(4)]
+    found = batched(images, [row(gray=1), row(solarize=1), row(gray=1, solarize=1), row()])
+    expected = [TF.rgb_to_grayscale(TF.to_tensor(images[0]), 3), TF.to_tensor(TF.solarize(images[1], 128)),
+                TF.solarize(TF.rgb_to_grayscale(TF.to_tensor(images[2]), 3), 128 / 255), TF.to_tensor(images[3])]
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)  # torchvision's luma weights have four digits
+    assert torch.equal(TF.normalize(TF.to_tensor(images[3]), data.IMAGENET_MEAN, data.IMAGENET_STD),
+                       data.augment(TF.pil_to_tensor(images[3])[None], torch.tensor([row()]))[0])
+
+
+def test_device_blur_is_torchvisions():
+    """Against torchvision's Gaussian blur to 1e-5; against PIL's, which repeats box filters, to 6 gray levels, mean 1."""
+    images = [photo(i, 224, 224) for i in range(4)]
+    sigmas = (0.1, 0.5, 1.2, 2.0)
+    found = batched(images, [row(sigma=sigma) for sigma in sigmas])
+    for image, sigma, blurred in zip(images, sigmas, found):
+        expected = TF.gaussian_blur(TF.to_tensor(image), 13, sigma)
+        torch.testing.assert_close(blurred, expected, rtol=0, atol=1e-5)
+        difference = (blurred - TF.to_tensor(image.filter(ImageFilter.GaussianBlur(sigma)))).abs() * 255
+        assert difference.max() < 6 and difference.mean() < 1
+
+
+def test_device_and_worker_views_are_the_same_views():
+    """--augment device against --augment worker on one sample: PIL rounds to 8 bits after every step; mean 2 gray levels."""
+    for size in ((64, 64), (64, 96)):
+        source = data.Shapes("train", 16, 64)
+        views = {mode: data.Stream(source, data.TwoViews(size, mode), 0, 16) for mode in ("device", "worker")}
+        crops, parameters = zip(*(views["device"][n][0] for n in range(16)))
+        expected = torch.stack([views["worker"][n][0][0] for n in range(16)])
+        for i in (0, 1):
+            found = data.augment(torch.stack(crops)[:, i], torch.stack(parameters)[:, i])
+            assert found.shape[2:] == size
+            difference = (found - expected[:, i]).abs() * torch.tensor(data.IMAGENET_STD).view(3, 1, 1) * 255
+            assert difference.mean() < 2 and difference.flatten(1).mean(1).max() < 6
+
+
+def test_drawn_parameters_have_the_references_distribution():
+    """4,000 samples of the stream against torchvision's ColorJitter and the paper's probabilities; bounds are about 4 sigma."""
+    image = Image.new("RGB", (32, 32))
+    stream = data.Stream([(image, 0)], data.TwoViews((32, 32)), seed=3, per_epoch=1)
+    drawn = torch.stack([stream[n][0][1] for n in range(4000)])  # (4000, 2, 9)
+    for i, probability in ((0, dict(jitter=0.8, gray=0.2, sigma=1.0, solarize=0.0)),
+                           (1, dict(jitter=0.8, gray=0.2, sigma=0.1, solarize=0.2))):
+        p = dict(zip(data.PARAMETERS, drawn[:, i].unbind(1)))
+        for name, expected in probability.items():
+            assert abs((p[name] > 0).float().mean() - expected) <= 0.027
+        for name, low, high in (("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.8, 1.2), ("hue", -0.1, 0.1)):
+            assert p[name].min() >= low and p[name].max() <= high
+            uniform = torch.linspace(low, high, 4001)[1:] - (high - low) / 8000
+            assert (p[name].sort().values - uniform).abs().max() < 0.035 * (high - low)  # Kolmogorov-Smirnov
+        assert (torch.bincount(p["order"].long(), minlength=24) - 4000 / 24).abs().max() < 55
+        sigma = p["sigma"][p["sigma"] > 0] * 224 / 32
+        assert sigma.min() >= 0.1 and sigma.max() <= 2.0 and abs(sigma.mean() - 1.05) < 0.12
+    two = drawn.reshape(4000, -1)[:, [1, 2, 10, 11]].T
+    assert torch.corrcoef(two).fill_diagonal_(0).abs().max() < 0.07  # the two views are independent
+    assert torch.corrcoef(torch.stack((drawn[1:, 0, 1], drawn[:-1, 0, 1])))[0, 1].abs() < 0.07  # and so are samples
+
+
+def test_crops_and_flips_have_the_references_distribution():
+    x, y = np.meshgrid(np.arange(100), np.arange(80))
+    image = Image.fromarray(np.stack((x, y, 0 * x), 2).astype(np.uint8))
+    found, expected = [], []
+    for n in range(1500):
+        torch.manual_seed(n)
+        crop = np.asarray(data.crop_and_flip(image, (32, 48))).astype(float)
+        found.append((abs(crop[:, -1, 0].mean() - crop[:, 0, 0].mean()), crop[-1, :, 1].mean() - crop[0, :, 1].mean(),
+                      crop[:, -1, 0].mean() > crop[:, 0, 0].mean()))
+        torch.manual_seed(n + 10 ** 6)
+        crop = np.asarray(transforms.RandomResizedCrop((32, 48))(image)).astype(float)
+        expected.append((crop[:, -1, 0].mean() - crop[:, 0, 0].mean(), crop[-1, :, 1].mean() - crop[0, :, 1].mean(), 0.5))
+    found, expected = np.array(found), np.array(expected)
+    for i in (0, 1):
+        a, b = np.sort(found[:, i]), np.sort(expected[:, i])
+        assert abs(np.searchsorted(a, b) / len(a) - np.arange(len(b)) / len(b)).max() < 0.07
+    assert abs(found[:, 2].mean() - 0.5) < 0.055
+
+
+def test_stream_visits_every_image_once_an_epoch():
+    stream = data.Stream(data.Shapes("train", 23, 32), data.TwoViews((32, 32)), seed=5, per_epoch=20)
+    epochs = [[stream.index(n) for n in range(epoch * 20, epoch * 20 + 20)] for epoch in range(3)]
+    assert all(len(set(epoch)) == 20 for epoch in epochs) and epochs[0] != epochs[1]
+    other = data.Stream(stream.source, stream.transform, seed=6, per_epoch=20)
+    assert [other.index(n) for n in range(20)] != epochs[0]
+    assert all(map(torch.equal, stream[7][0], data.Stream(stream.source, stream.transform, 5, 20)[7][0]))
+    state = torch.get_rng_state()
+    stream[3]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_ranks_and_accumulation_cut_the_same_global_batches():
+    whole = list(data.StreamSampler(3, 6, 12))
+    for world, accum_steps in ((2, 1), (1, 2), (3, 2), (2, 3)):
+        parts = [list(data.StreamSampler(3, 6, 12, rank, world, accum_steps)) for rank in range(world)]
+        assert all(len(part) == len(data.StreamSampler(3, 6, 12, 0, world, accum_steps)) for part in parts)
+        for step in range(3):
+            taken = [n for part in parts for micro in part[step * accum_steps:(step + 1) * accum_steps] for n in micro]
+            assert taken == whole[step] == list(range((step + 3) * 12, (step + 4) * 12))
+
+
+# -------------------------------------------------------------------------------------------- train.py
+SMALL = ["--data", "shapes:32", "--arch", "resnet18", "--image-size", "32", "--blocks", "2", "--batch-size", "8",
+         "--epochs", "2", "--workers", "0", "--log-every", "1"]
+
+
+def run(out, *flags, script=train):
+    """Run a script in this process with small settings; `flags` override. -> its log's step lines."""
+    script.main([*SMALL, "--out", str(out), *map(str, flags)])
+    return steps(out)
+
+
+def steps(out):
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "step" in line]
+
+
+def same_encoder(a, b):
+    a, b = (torch.load(Path(out) / "encoder.pth", weights_only=True) for out in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def same_log(a, b):
+    keys = ("step", "epoch", "lr", "tau", "loss", "loss_c", "loss_t", "loss_att", "std_c", "std_t")
+    return [[line[key] for key in keys] for line in steps(a)] == [[line[key] for key in keys] for line in steps(b)]
+
+
+def refused(capsys, *flags, code=2, match="", script=train):
+    """Assert that the script ends with this exit code and one line on stderr, and return the line."""
+    with pytest.raises(SystemExit) as caught:
+        script.main([*map(str, flags)])
+    assert caught.value.code == code
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line and line.startswith("error: ") and re.search(match, line), line
+    return line
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """An uninterrupted small run of eight steps."""
+    out = tmp_path_factory.mktemp("reference")
+    run(out)
+    return out
+
+
+def test_train_leaves_what_it_promises(reference):
+    weights = torch.load(reference / "encoder.pth", weights_only=True)
+    missing, unexpected = torchvision.models.resnet18().load_state_dict(weights, strict=False)
+    assert missing == ["fc.weight", "fc.bias"] and unexpected == []
+    lines = [json.loads(line) for line in (reference / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["args"]["arch"] == "resnet18" and lines[0]["world_size"] == 1 and lines[0]["torch"] == torch.__version__
+    assert [line["step"] for line in lines[1:]] == list(range(1, 9))
+    assert set(lines[1]) == {"step", "epoch", "lr", "tau", "loss", "loss_c", "loss_t", "loss_att", "std_c", "std_t",
+                             "images/s", "memory_gib", "unreadable"}
+    for line in lines[1:]:
+        assert line["loss"] == pytest.approx(line["loss_c"] + line["loss_t"] + 100 * line["loss_att"], rel=1e-4)
+    assert lines[-1]["tau"] == 1.0 and lines[1]["lr"] == 1e-6
+    assert not list(reference.glob("*.tmp"))
+
+
+def test_the_defaults_are_the_papers_run():
+    args = train.parse_args([])
+    assert (args.arch, args.data, args.image_size, args.stem) == ("resnet50", "imagenet", [224, 224], "imagenet")
+    assert (args.epochs, args.warmup_epochs, args.batch_size, args.base_lr) == (100, 10, 1024, 0.05)
+    assert (args.momentum, args.weight_decay, args.tau_base, args.lambda_att) == (0.9, 1e-4, 0.99, 100)
+    assert (args.method, args.blocks, args.heads, args.position, args.tap) == ("care", 5, 4, "relative", "conv4")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_same_losses_for_any_number_of_workers(workers, reference, tmp_path):
+    run(tmp_path, "--workers", workers)
+    assert same_log(tmp_path, reference) and same_encoder(tmp_path, reference)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_resume_is_exact(stop, reference, tmp_path):
+    run(tmp_path, "--max-steps", stop)
+    assert len(steps(tmp_path)) == stop
+    run(tmp_path)
+    assert same_log(tmp_path, reference) and same_encoder(tmp_path, reference)
+    run(tmp_path)  # a finished run stays as it is
+    assert same_log(tmp_path, reference) and same_encoder(tmp_path, reference)
+
+
+def test_resume_is_exact_with_large_relative_tables(tmp_path):
+    flags = ["--image-size", 256, "--position", "relative", "--blocks", 1, "--batch-size", 4, "--data", "shapes:4", "--epochs", 3]
+    run(tmp_path / "whole", *flags)
+    run(tmp_path / "parts", *flags, "--max-steps", 2)
+    run(tmp_path / "parts", *flags)
+    assert same_log(tmp_path / "parts", tmp_path / "whole") and same_encoder(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("flags", [("--method", "byol"), ("--method", "sequential"), ("--tap", "conv5"), ("--augment", "worker"),
+                                   ("--position", "sincos"), ("--detach-trunk",), ("--stem", "cifar"), ("--precision", "bf16"),
+                                   ("--image-size", "32", "64")])
+def test_ablations_train(flags, tmp_path):
+    line = run(tmp_path, *flags, "--max-steps", 2)[-1]
+    assert line["step"] == 2 and math.isfinite(line["loss"])
+    assert ("loss_c" in line) == (flags[-1] != "sequential") and ("loss_t" in line) == (flags[-1] != "byol")
+
+
+def test_kept_epochs(tmp_path):
+    run(tmp_path, "--keep-epochs", 1)
+    assert sorted(path.name for path in tmp_path.glob("epoch*")) == ["epoch0001.pth", "epoch0002.pth"]
+    assert torch.load(tmp_path / "epoch0001.pth", weights_only=True)["step"] == 4
+
+
+def torchrun(ranks, *command, **options):
+    """Run a script of ours under torchrun on this machine's CPU."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return subprocess.run([*launcher, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=300, **options)
+
+
+def drive(rank, world, port, out):
+    """Five float64 optimiser steps on a fixed stream of views; rank 0 of `world` saves the weights."""
+    torch.set_num_threads(1)
+    model = parallel = small()
+    if world > 1:
+        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+        parallel = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0, momentum=0.9, weight_decay=1e-4)
+    autocast, scaler = torch.autocast("cpu", enabled=False), torch.amp.GradScaler("cpu", enabled=False)
+    accum_steps, losses = 2 // world, []
+    for step in range(5):
+        views = torch.randn(2, 2, 4, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        mine = views[rank:rank + 1] if world > 1 else views  # slices of the global batch of 8
+        meters = train.pretrain_step(parallel, optimizer, scaler, autocast, mine, accum_steps, lr=0.02, tau=0.98)
+        losses.append(train.average(meters, world)["loss"])
+    if rank == 0:
+        torch.save({"model": model.state_dict(), "losses": losses}, out)
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_are_one_process_with_two_accumulation_steps(tmp_path):
+    """Parameters to 1e-9 after five float64 steps; running statistics are each rank's own and are left out."""
+    drive(0, 1, 0, tmp_path / "one.pth")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(drive, (2, port, tmp_path / "two.pth"), nprocs=2)
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pth", "two.pth"))
+    close(two["losses"], one["losses"], 1e-6)  # averaged in float32
+    for name in dict(small().named_parameters()):
+        torch.testing.assert_close(two["model"][name], one["model"][name], rtol=1e-9, atol=1e-9)
+
+
+def test_train_on_two_ranks(tmp_path):
+    """train.py in float32 under torchrun: the first two losses equal one process with --accum-steps 2 to 1e-5."""
+    run(tmp_path / "one", "--accum-steps", 2, "--max-steps", 2)
+    result = torchrun(2, "train.py", *SMALL, "--out", tmp_path / "two", "--max-steps", 2)
+    assert result.returncode == 0, result.stderr
+    for a, b in zip(steps(tmp_path / "one"), steps(tmp_path / "two")):
+        for key in ("loss", "loss_c", "loss_t", "loss_att", "std_c", "std_t"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5)
+
+
+ACTIVATIONS = """
+import resource, sys, torch
+from care import CARE
+torch.manual_seed(0)
+model = CARE("resnet50").to(memory_format=torch.channels_last)
+optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
+for p in model.parameters():
+    if p.requires_grad:
+        p.grad = torch.zeros_like(p)
+optimizer.step()
+x1, x2 = (torch.randn(16, 3, 224, 224).contiguous(memory_format=torch.channels_last) for _ in range(2))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+before = peak()
+if sys.argv[1] == "half":
+    for x, y in ((x1, x2), (x2, x1)):
+        model(x, y)["loss"].backward()
+else:
+    (model(x1, x2)["loss"] + model(x2, x1)["loss"]).backward()
+optimizer.step()
+print(peak() - before)
+"""
+
+
+def test_half_steps_halve_the_activations():
+    """ResNet-50, 224 px, batch 16, float32, CPU: peak resident memory less model, gradients and optimiser, in GiB."""
+    gib = {order: float(subprocess.run([sys.executable, "-c", ACTIVATIONS, order], cwd=HERE, capture_output=True, text=True,
+                                       check=True).stdout) for order in ("half", "both")}
+    print(gib)
+    assert gib["half"] < 0.6 * gib["both"], gib
+
+
+def images(folder, count, size=(40, 36)):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        photo(i, *size).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def test_folders(tmp_path):
+    images(tmp_path / "set" / "train" / "cat", 3)
+    images(tmp_path / "set" / "train" / "dog", 2)
+    images(tmp_path / "set" / "val" / "cat", 1)
+    images(tmp_path / "plain" / "deep", 4)
+    assert len(data.open_images(str(tmp_path / "set"), "pretrain")) == 5
+    assert len(data.open_images(str(tmp_path / "plain"), "pretrain")) == 4
+    labelled = data.open_images(str(tmp_path / "set"), "train")
+    assert labelled.classes == ["cat", "dog"] and [label for _, label in labelled] == [0, 0, 0, 1, 1]
+    assert labelled[0][0].mode == "RGB"
+    assert len(data.open_images("shapes:77", "train")) == 77 and len(data.open_images("shapes:77", "val")) == 1000
+
+
+def fake_cifar(root):
+    """CIFAR-10's files, with ten images a batch, in the layout that torchvision reads (hashes patched by the test)."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    rng = np.random.RandomState(0)
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        entry = {"data": rng.randint(0, 256, (10, 3072)).astype(np.uint8), "labels": list(range(10))}
+        (folder / name).write_bytes(pickle.dumps(entry))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+
+
+def test_torchvision_sets(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    fake_cifar(tmp_path)
+    assert len(data.open_images("cifar10", "pretrain", str(tmp_path))) == 50
+    assert len(data.open_images("cifar10", "val", str(tmp_path))) == 10
+    (tmp_path / "stl10_binary").mkdir()
+    rng = np.random.RandomState(0)
+    for part, count in (("unlabeled", 6), ("train", 4), ("test", 3)):
+        (tmp_path / "stl10_binary" / f"{part}_X.bin").write_bytes(rng.bytes(count * 3 * 96 * 96))
+        (tmp_path / "stl10_binary" / f"{part}_y.bin").write_bytes(bytes(range(1, count + 1)))
+    (tmp_path / "stl10_binary" / "class_names.txt").write_text("a\nb\nc\nd\n")
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
+    sizes = [len(data.open_images("stl10", split, str(tmp_path))) for split in ("pretrain", "train", "val")]
+    assert sizes == [6, 4, 3]
+    line = run(tmp_path / "run", "--data", "cifar10", "--data-root", tmp_path, "--image-size", 32, "--max-steps", 1)[-1]
+    assert line["step"] == 1
+
+
+# ---------------------------------------------------------------------------------------- bad input
+def test_bad_data(tmp_path, capsys):
+    flags = ["--arch", "resnet18", "--out", tmp_path / "run", "--batch-size", 4, "--image-size", 32]
+    refused(capsys, *flags, "--data", tmp_path / "nowhere", match="no such folder")
+    (tmp_path / "empty").mkdir()
+    refused(capsys, *flags, "--data", tmp_path / "empty", match="no images")
+    images(tmp_path / "few", 3)
+    refused(capsys, *flags, "--data", tmp_path / "few", match="3 images, fewer than --batch-size 4")
+    refused(capsys, *flags, "--data", "shapes:many", match="number of training images")
+    refused(capsys, *flags, "--data", "cifar10", "--data-root", tmp_path, match="cifar10")
+
+
+@pytest.mark.parametrize("flags, match", [
+    (["--batch-size", 9, "--accum-steps", 2], "--batch-size 9: must be a multiple of 1 ranks x 2"),
+    (["--batch-size", 1], "at least 2 images"),
+    (["--image-size", 48], "multiples of 32"),
+    (["--image-size", 36, "--stem", "cifar"], "multiples of 8"),
+    (["--image-size", 32, 32, 32], "one or two numbers"),
+    (["--precision", "fp16"], "fp16 needs a GPU"),
+    (["--epochs", 0], "--epochs 0: must be at least 1"),
+    (["--warmup-epochs", 2], "--warmup-epochs"),
+    (["--method", "sequential", "--tap", "conv4"], "sequential always reads conv5"),
+    (["--method", "sequential", "--detach-trunk"], "sequential always reads conv5"),
+    (["--heads", 5], "heads 5"),
+    (["--arch", "alexnet"], "invalid choice"),
+    (["--workers", -1], "--workers -1"),
+])
+def test_bad_arguments(flags, match, tmp_path, capsys):
+    if flags[-1] == "fp16" and torch.cuda.is_available():
+        pytest.skip("fp16 is allowed on this machine's GPU")
+    refused(capsys, *SMALL, "--out", tmp_path, *flags, match=match)
+
+
+def test_unreadable_images_are_replaced_and_counted(tmp_path, capsys):
+    folder = images(tmp_path / "set", 12)
+    (folder / "003.png").write_bytes((folder / "003.png").read_bytes()[:200])  # truncated
+    lines = run(tmp_path / "run", "--data", folder, "--batch-size", 4, "--epochs", 3)
+    assert lines[-1]["unreadable"] == 1
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "cannot read" in line]
+    assert len(warnings) == 1 and "003.png" in warnings[0]
+    (folder / "007.png").write_bytes(b"")
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path / "again", "--data", folder, "--batch-size", 4, "--epochs", 3)
+    assert caught.value.code == 2
+    assert "2 of 12 images cannot be read" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_unreadable_image_gives_the_next_readable_one(tmp_path):
+    folder = images(tmp_path, 4)
+    (folder / "001.png").write_bytes(b"not an image")
+    stream = data.Stream(data.ImageFiles(str(folder)), lambda image: np.asarray(image), 0, 4)
+    for n in range(4):
+        image, _, bad = stream[n]
+        index = stream.index(n)
+        assert np.array_equal(image, np.asarray(photo(2 if index == 1 else index, 40, 36)))
+        assert bad == ([1] if index == 1 else [])
+
+
+def test_a_directory_with_another_run_is_left_alone(reference, tmp_path, capsys):
+    shutil.copytree(reference, tmp_path / "run")
+    before = (tmp_path / "run" / "last.pth").read_bytes()
+    flags = [*SMALL, "--out", tmp_path / "run"]
+    refused(capsys, *flags, "--arch", "resnet34", match="arch was resnet18, is resnet34")
+    line = refused(capsys, *flags, "--seed", 1, "--lambda-att", 10, match="lambda_att was 100.0, is 10.0")
+    assert "seed was 0, is 1" in line
+    (tmp_path / "run" / "last.pth").write_bytes(before[:100_000])
+    refused(capsys, *flags, match="last.pth: truncated")
+    assert (tmp_path / "run" / "last.pth").read_bytes() == before[:100_000]
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == (reference / "log.jsonl").read_bytes()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
+    run(tmp_path, "--max-steps", 3)
+    good = (tmp_path / "last.pth").read_bytes()
+    step = train.pretrain_step
+    monkeypatch.setattr(train, "pretrain_step", lambda *a, **k: {name: value * math.nan for name, value in step(*a, **k).items()})
+    refused(capsys, *SMALL, "--out", tmp_path, code=1, match=r"step 4: .*not finite \(loss nan, .*loss_c nan")
+    assert (tmp_path / "last.pth").read_bytes() == good
