@@ -87,22 +87,19 @@ class Shapes(Dataset):
         """-> image (size, size, 3) uint8, label, box (x0, y0, x1, y1) in pixels, mask (size, size) bool."""
         rng = np.random.RandomState((index * 2 + (self.split == "val")) % 2 ** 32)  # frozen by numpy
         label = index % 10
-        image = self.ground(rng)
+        image, level = self.ground(rng)
         radius = rng.uniform(0.40, 0.50)
-        mask = self.paint(image, rng, label, rng.uniform(radius, 1 - radius, 2), radius)
+        mask = self.paint(image, rng, label, rng.uniform(radius, 1 - radius, 2), radius, level)
         return np.rint(image).astype(np.uint8), label, mask_box(mask), mask
 
     def ground(self, rng):
-        """A soft random ground, (size, size, 3) in gray levels."""
+        """A soft random ground, (size, size, 3) in gray levels, and the image's brightness."""
         y, x = np.mgrid[:self.size, :self.size] * (3.0 / self.size)
         soft = value_noise(x, y, rng.uniform(-1, 1, (4, 4)))[..., None]
-        return np.clip(self.colour(rng, rng.uniform(70, 185)) + 35 * soft, 0, 255)
+        level = rng.uniform(85, 170)
+        return level + rng.uniform(-16, 16) + rng.uniform(-4, 4, 3) + 12 * soft, level
 
-    def colour(self, rng, level):
-        """A near-gray colour of about this gray level, (3,)."""
-        return level + rng.uniform(-14, 14, 3)
-
-    def paint(self, image, rng, label, centre, radius):
+    def paint(self, image, rng, label, centre, radius, level):
         """Paint a `label` object into `image`; centre (y, x), radius: parts of the size. -> its mask."""
         turn, period, phase = rng.uniform(-0.5, 0.5), rng.uniform(0.42, 0.62), rng.uniform(-0.5, 0.5, 2)
         pixels = np.ogrid[:self.size, :self.size]  # rows (size, 1), columns (1, size)
@@ -112,8 +109,8 @@ class Shapes(Dataset):
         centred = Shapes.classes[label].endswith(("rings", "rays", "spiral"))
         pu, pv = 0.3 * phase if centred else phase
         wave = PATTERNS[list(PATTERNS)[label]](u / period + pu, v / period + pv, rng.uniform(-1, 1, (8, 8)))
-        wave = np.clip(1.5 * wave, -1, 1)[..., None] * rng.uniform(20, 65) * rng.choice((-1, 1))
-        fill = np.clip(self.colour(rng, rng.uniform(90, 165)) + wave, 0, 255)
+        wave = np.clip(1.5 * wave, -1, 1)[..., None] * rng.uniform(30, 55) * rng.choice((-1, 1))
+        fill = level + rng.uniform(-25, 25) + rng.uniform(-4, 4, 3) + wave
         image += np.clip(inside, 0, 1)[..., None] * (fill - image)
         return inside > 0.5
 

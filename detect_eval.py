@@ -1,15 +1,15 @@
-"""Transfer to detection and instance segmentation: the protocols behind the paper's Tables 4 and 5.
+"""Transfer to detection and instance segmentation: the protocols of the paper's Tables 4 and 5.
 
-  torchrun --nproc_per_node 8 detect_eval.py --pretrained runs/care_resnet50/encoder.pth     VOC in ./voc/VOCdevkit
+  torchrun --nproc_per_node 8 detect_eval.py --pretrained runs/care_resnet50/encoder.pth     VOC in ./voc
   python detect_eval.py --pretrained runs/demo/encoder.pth --protocol coco-fpn --data shapes --iterations 300
   python detect_eval.py --pretrained runs/demo/encoder.pth --export-detectron2 encoder.pkl
 
-  voc-c4    Faster R-CNN, conv1-conv4 as backbone, conv5 and an extra batch norm as box head     Table 4, right
-  coco-c4   Mask R-CNN, the same, the mask head on the box head's map                            Table 4, left
-  coco-fpn  Mask R-CNN, feature pyramid, two linear layers as box head                           Table 5
+  voc-c4    Faster R-CNN: conv1-conv4 as backbone, conv5 and an extra batch norm as box head      Table 4
+  coco-c4   Mask R-CNN: the same, and the mask head on the box head's map                         Table 4
+  coco-fpn  Mask R-CNN: feature pyramid, two linear layers as box head                            Table 5
 
-All layers train, every batch norm too, as in MoCo's protocol. The detectors are torchvision's; what they leave open
-follows Detectron2. The last line on stdout is one JSON object with the scores. The same command again resumes.
+All layers and batch norms train (MoCo's protocol); what torchvision's detectors leave open is as in Detectron2.
+The last line on stdout is one JSON object with the scores. The same command again resumes.
 """
 import contextlib
 import hashlib
@@ -29,33 +29,29 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.datasets import CocoDetection, VOCDetection
+from torchvision.models.detection import backbone_utils, generalized_rcnn, mask_rcnn, roi_heads, rpn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, maskrcnn_inference, maskrcnn_loss
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image
 from tqdm import tqdm
 
 from care import ARCHS, Encoder, load_encoder
 from data import IMAGENET_MEAN, IMAGENET_STD, Shapes, Stream, StreamSampler, mask_box
-from train import (Unreadable, add_run_arguments, agree, average, catch_signals, default_workers, fail, ignore_signals,
-                   load_run, memory_gib, new_parser, open_log, open_run, positive, save_files, set_precision,
-                   setup_ranks, user_errors, versions, write_line, write_whole)
+from train import (Unreadable, add_run_arguments, agree, average, catch_signals, default_workers, fail,
+                   ignore_signals, load_run, memory_gib, new_parser, open_log, open_run, positive, save_files,
+                   set_precision, setup_ranks, user_errors, versions, write_line, write_whole)
 
-PROTOCOLS = {  # iterations, steps at which the rate falls to a tenth, warm-up, shorter sides in training
+PROTOCOLS = {  # iterations, steps after which the rate falls to a tenth, warm-up, shorter sides in training
     "voc-c4": (24000, (18000, 22000), 100, range(480, 801, 32)),
     "coco-c4": (90000, (60000, 80000), 1000, range(640, 801, 32)),
     "coco-fpn": (90000, (60000, 80000), 1000, range(640, 801, 32)),
 }
-FREE = ("workers", "out", "save_every", "log_every", "max_steps", "pretrained")  # pretrained: its sha256 counts
-VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
-               "pottedplant sheep sofa train tvmonitor").split()
+FREE = ("workers", "out", "save_every", "log_every", "max_steps", "pretrained")  # the encoder's sha256 counts
+VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+               "person pottedplant sheep sofa train tvmonitor").split()
 
 
 # ------------------------------------------------------------------------------------------ arguments
@@ -64,21 +60,21 @@ def parse_args(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument_group("encoder and data").add_argument
     add("--pretrained", required=True, metavar="FILE|random",
-        help="encoder.pth or last.pth of train.py, the authors' checkpoint, a torchvision or MoCo state dict, or random")
+        help="encoder.pth, last.pth, the authors' checkpoint, a torchvision or MoCo state dict, or random")
     add("--arch", choices=ARCHS, help="read off the file unless given (random: default resnet50)")
-    add("--data", metavar="PATH|shapes", help="folder of VOCdevkit/VOC2007 and VOC2012, or of annotations/, train2017/ "
-        "and val2017/ (default ./voc, ./coco), or embedded scenes; shapes:N has N training images")
-    add("--export-detectron2", metavar="OUT.pkl", help="write the encoder for Detectron2 (also MoCo's configs) and end")
+    add("--data", metavar="PATH|shapes", help="folder with VOCdevkit/, or with annotations/, train2017/, val2017/ "
+        "(default ./voc, ./coco), or embedded scenes; shapes:N has N training images")
+    add("--export-detectron2", metavar="OUT.pkl", help="only write the encoder for Detectron2 (MoCo's configs)")
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=PROTOCOLS, default="voc-c4", help="see above (default voc-c4)")
-    add("--iterations", type=int, help="optimiser steps; the schedule scales with them (default 24000, COCO 90000)")
-    add("--batch-size", type=int, default=16, help="images per step over all ranks (default 16)")
-    add("--lr", type=float, default=0.02, help="peak learning rate at this batch size (default 0.02)")
-    add("--min-size", type=int, nargs="+", metavar="PX", help="shorter sides, one drawn per training image, the "
-        "last one in testing; anchors scale with it (default 480-800 by 32, COCO 640-800)")
-    add("--max-size", type=int, default=1333, help="longest side in pixels (default 1333)")
-    add("--rois", type=int, default=512, help="regions per image that the heads train on, and at most twice as many "
-        "proposals in testing (default 512, and 1000)")
+    add("--iterations", type=int, help="the schedule scales with them (default 24000, COCO 90000)")
+    add("--batch-size", type=int, default=16, help="images over all ranks (default 16)")
+    add("--lr", type=float, default=0.02, help="peak learning rate of SGD (default 0.02)")
+    add("--min-size", type=int, nargs="+", metavar="PX", help="shorter sides, one drawn per training image; the "
+        "last is that of testing, and anchors scale with it (default 480-800 by 32, COCO 640-800)")
+    add("--max-size", type=int, default=1333, metavar="PX", help="longest side (default 1333)")
+    add("--rois", type=int, default=512, help="regions per image that train the heads (default 512); testing "
+        "looks at twice as many proposals, 1000 at most")
     add = parser.add_argument_group("running").add_argument
     add_run_arguments(add)
     add("--save-every", type=int, default=1000, metavar="STEPS", help="between checkpoints (default 1000)")
@@ -90,15 +86,13 @@ def parse_args(argv=None):
     positive(args, "iterations", "batch_size", "rois", "save_every")
     if args.lr <= 0:
         fail(f"--lr {args.lr:g}: must be above 0")
-    if min(args.min_size) < 32 or max(args.min_size) > args.max_size:
+    if not 32 <= min(args.min_size) <= max(args.min_size) <= args.max_size:
         fail(f"--min-size {args.min_size}: must lie between 32 and --max-size {args.max_size}")
-    if max(args.min_size) != args.min_size[-1]:
-        fail(f"--min-size {args.min_size}: the largest, which is that of testing, must come last")
     return args
 
 
 def load_pretrained(args):
-    """The encoder of --pretrained; fills in arch, stem and sha256. ValueError for what load_encoder refuses."""
+    """The encoder of --pretrained; fills in arch and sha256. ValueError where load_encoder refuses a file."""
     args.sha256 = None
     if args.pretrained == "random":
         torch.manual_seed(args.seed)
@@ -111,13 +105,13 @@ def load_pretrained(args):
 
 
 def export_detectron2(encoder, path):
-    """Write an encoder in Detectron2's naming: a pickle of numpy arrays, without num_batches_tracked."""
-    names = {r"^(conv1|bn1)": r"stem.\1", r"bn(\d)": r"conv\1.norm", r"downsample\.0": "shortcut",
-             r"downsample\.1": "shortcut.norm", r"layer(\d)": lambda match: f"res{int(match[1]) + 1}"}
+    """Write an encoder as a pickle of numpy arrays in Detectron2's naming, without num_batches_tracked."""
     arrays = {}
     for key, value in encoder.state_dict().items():
-        for ours, theirs in names.items():
-            key = re.sub(ours, theirs, key)
+        key = key if key.startswith("layer") else f"stem.{key}"
+        key = re.sub(r"layer(\d)", lambda match: f"res{int(match[1]) + 1}", key)
+        key = re.sub(r"bn(\d)", r"conv\1.norm", key)
+        key = key.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
         if not key.endswith("num_batches_tracked"):
             arrays[key] = value.cpu().numpy()
     content = {"model": arrays, "__author__": "CARE", "matching_heuristics": True}
@@ -125,235 +119,407 @@ def export_detectron2(encoder, path):
 
 
 # ----------------------------------------------------------------------------------------------- data
-def load_coco_tools():
-    """pycocotools' COCO, COCOeval and mask functions; exit code 2, with what to install, where there are none."""
-    try:
-        from pycocotools import mask
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        fail(f"scoring needs pycocotools: pip install pycocotools ({error})")
-    return COCO, COCOeval, mask
-
-
+# A source: source[i] -> ((RGB PIL image, target), i); `classes`, names of the labels from 1 on.
 def make_target(image, boxes, labels, crowd, masks=None):
-    """The objects of a PIL image as tensors, boxes clipped to the image, empty ones left out.
+    """The objects of a PIL image as tensors; boxes are clipped to it, empty ones left out.
 
-    boxes (n, 4) x0, y0, x1, y1 in pixels, float32; labels (n,) from 1, int64; crowd (n,) bool, scored neither as found
-    nor as missed; masks (n, height, width) uint8, where there are any.
+    boxes (n, 4) x0, y0, x1, y1 in pixels, float32; labels (n,) int64; crowd (n,) bool: neither right nor wrong
+    to find; masks (n, height, width) uint8, where there are any.
     """
     boxes = torch.tensor(np.array(boxes), dtype=torch.float32).reshape(-1, 4)
     boxes = clip_boxes_to_image(boxes, (image.height, image.width))
-    target = {"boxes": boxes, "labels": torch.tensor(labels, dtype=torch.int64),
-              "crowd": torch.tensor(crowd, dtype=torch.bool)}
+    target = {"boxes": boxes, "labels": torch.tensor(labels).long(), "crowd": torch.tensor(crowd).bool()}
     if masks is not None:
-        masks = np.array(masks, dtype=np.uint8)
-        target["masks"] = torch.from_numpy(masks).reshape(-1, image.height, image.width)
+        masks = torch.from_numpy(np.array(masks, dtype=np.uint8))
+        target["masks"] = masks.reshape(-1, image.height, image.width)
     keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
     return {name: value[keep] for name, value in target.items()}
 
 
-class Scenes(Dataset):
-    """Square scenes of one to four of the embedded shapes, later ones in front; a function of (split, index).
-
-    As all sources here: source[i] -> ((RGB PIL image, target), i).
-    """
-
-    classes = Shapes.classes
-
-    def __init__(self, split, length, size=128):
-        self.split, self.length, self.shapes = split, length, Shapes(split, length, size)
-
-    def __len__(self):
-        return self.length
+class Scenes(Shapes):
+    """Squares of `size` pixels with one to four shapes, the later in front; fixed by (split, index)."""
 
     def __getitem__(self, index):
         rng = np.random.RandomState((index * 2 + (self.split == "val")) % 2 ** 32)
-        canvas, places, labels, masks = self.shapes.ground(rng), [], [], []
+        canvas, places, labels, masks = self.ground(rng), [], [], []
         for _ in range(rng.randint(1, 5)):
             radius = rng.uniform(0.14, 0.26)
             y, x = rng.uniform(radius, 1 - radius, 2)
-            if any(math.hypot(y - other[0], x - other[1]) < 0.8 * (radius + other[2]) for other in places):
+            if any(math.hypot(y - v, x - u) < 0.8 * (radius + other) for v, u, other in places):
                 continue
-            label = rng.randint(10)
-            mask = self.shapes.paint(canvas, rng, label, (y, x), radius)
-            masks = [other & ~mask for other in masks] + [mask]
-            labels.append(label + 1)
             places.append((y, x, radius))
+            labels.append(rng.randint(10) + 1)
+            mask = self.paint(canvas, rng, labels[-1] - 1, (y, x), radius)
+            masks = [other & ~mask for other in masks] + [mask]
         image = Image.fromarray(np.rint(canvas).astype(np.uint8))
-        return (image, make_target(image, [mask_box(m) for m in masks], labels, [False] * len(masks), masks)), index
+        boxes = [mask_box(mask) for mask in masks]
+        return (image, make_target(image, boxes, labels, [False] * len(boxes), masks)), index
 
 
-class Voc(Dataset):
-    """VOC below root/VOCdevkit: trainval07+12 for `train`, test07 for `val`; `difficult` objects are crowd."""
+class Voc(ConcatDataset):
+    """VOC in root/VOCdevkit: trainval07+12 for `train`, test07 for `val`; `difficult` objects are crowd."""
 
     classes = VOC_CLASSES
 
     def __init__(self, root, split):
         parts = [("2007", "trainval"), ("2012", "trainval")] if split == "train" else [("2007", "test")]
         try:
-            self.parts = ConcatDataset([VOCDetection(root, year, part) for year, part in parts])
+            super().__init__([VOCDetection(root, year, part) for year, part in parts])
         except (RuntimeError, OSError) as error:
-            wanted = ", ".join(f"VOCdevkit/VOC{year} ({part})" for year, part in parts)
-            raise ValueError(f"--data {root}: does not hold {wanted} ({error})") from None
-        self.samples = [(path, None) for part in self.parts.datasets for path in part.images]
-
-    def __len__(self):
-        return len(self.samples)
+            wanted = " and ".join(f"VOCdevkit/VOC{year} ({part})" for year, part in parts)
+            raise ValueError(f"--data {root}: must hold {wanted} ({error})") from None
+        self.samples = [(path, None) for part in self.datasets for path in part.images]
 
     def __getitem__(self, index):
-        image, tree = self.parts[index]
+        image, tree = super().__getitem__(index)
         objects = tree["annotation"]["object"]
-        corners = [[float(thing["bndbox"][side]) for side in ("xmin", "ymin", "xmax", "ymax")] for thing in objects]
-        boxes = [(x0 - 1, y0 - 1, x1, y1) for x0, y0, x1, y1 in corners]  # VOC counts pixels from 1, the last included
-        labels = [self.classes.index(thing["name"]) + 1 for thing in objects]
-        return (image, make_target(image, boxes, labels, [thing.get("difficult") == "1" for thing in objects])), index
+        corners = [[float(o["bndbox"][side]) for side in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
+        boxes = [(x0 - 1, y0 - 1, x1, y1) for x0, y0, x1, y1 in corners]  # VOC: from 1, last pixel included
+        labels = [VOC_CLASSES.index(o["name"]) + 1 for o in objects]
+        return (image, make_target(image, boxes, labels, [o.get("difficult") == "1" for o in objects])), index
 
 
-class Coco(Dataset):
-    """COCO 2017 below root; `train` is without crowds, and without images that have no other objects."""
+class Coco(CocoDetection):
+    """COCO 2017 in root; `train` has no crowds, and no images without other objects."""
 
     def __init__(self, root, split):
-        self.split, annotations = split, f"{root}/annotations/instances_{split}2017.json"
+        folder, annotations = f"{root}/{split}2017", f"{root}/annotations/instances_{split}2017.json"
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                self.images = CocoDetection(f"{root}/{split}2017", annotations)
-        except (KeyError, TypeError, AssertionError, OSError) as error:
+                super().__init__(folder, annotations)
+        except (AssertionError, KeyError, TypeError, ValueError, OSError) as error:
             raise ValueError(f"--data {root}: cannot read {annotations} ({error!r})") from None
-        coco = self.images.coco
-        categories = coco.loadCats(sorted(coco.getCatIds()))
+        self.keep_crowd = split == "val"
+        categories = self.coco.loadCats(sorted(self.coco.getCatIds()))
         self.classes = [category["name"] for category in categories]
         self.labels = {category["id"]: label for label, category in enumerate(categories, 1)}
-        if split == "train":
-            self.images.ids = [image for image in self.images.ids if self.wanted(coco.imgToAnns[image])]
-        self.samples = [(f"{root}/{split}2017/{coco.imgs[image]['file_name']}", None) for image in self.images.ids]
+        self.ids = [image for image in self.ids if self.keep_crowd or self._load_target(image)]
+        self.samples = [(f"{folder}/{self.coco.imgs[image]['file_name']}", None) for image in self.ids]
 
-    def wanted(self, objects):
-        """Those of an image's annotations that the split uses."""
-        return [thing for thing in objects if self.split != "train"
-                or not thing["iscrowd"] and min(thing["bbox"][2:]) > 0]
-
-    def __len__(self):
-        return len(self.samples)
+    def _load_target(self, id):
+        objects = super()._load_target(id)
+        return [o for o in objects if self.keep_crowd or not o["iscrowd"] and min(o["bbox"][2:]) > 0]
 
     def __getitem__(self, index):
-        image, objects = self.images[index]
-        objects = self.wanted(objects)
-        boxes = [(x, y, x + width, y + height) for x, y, width, height in (thing["bbox"] for thing in objects)]
-        labels = [self.labels[thing["category_id"]] for thing in objects]
-        crowd = [bool(thing["iscrowd"]) for thing in objects]
-        masks = [self.images.coco.annToMask(thing) for thing in objects]
-        return (image, make_target(image, boxes, labels, crowd, masks)), index
+        image, objects = super().__getitem__(index)
+        boxes = [(x, y, x + width, y + height) for x, y, width, height in (o["bbox"] for o in objects)]
+        labels = [self.labels[o["category_id"]] for o in objects]
+        masks = [self.coco.annToMask(o) for o in objects]
+        return (image, make_target(image, boxes, labels, [o["iscrowd"] for o in objects], masks)), index
 
 
 def open_source(data, protocol, split):
-    """The source for `split` train or val; ValueError, in one line, where there is nothing to read."""
+    """The source for `split` train or val. ValueError, in one line, where there is nothing to read."""
     name, _, count = data.partition(":")
     if name == "shapes":
         if count and not (count.isdigit() and int(count)):
             raise ValueError(f"--data {data}: N of shapes:N is the number of training images")
-        return Scenes(split, 200 if split == "val" else int(count or 1000))
+        return Scenes(split, 200 if split == "val" else int(count or 1000), size=128)
     if not Path(data).is_dir():
         raise ValueError(f"--data {data}: no such folder (nor shapes)")
     return (Voc if protocol == "voc-c4" else Coco)(data, split)
 
 
 def as_tensors(pair, flip=0.0):
-    """PIL image and target -> uint8 (3, height, width) and target, mirrored with probability `flip`."""
+    """(PIL image, target) -> image (3, height, width) uint8, target; mirrored with probability `flip`."""
     image, target = TF.pil_to_tensor(pair[0]), dict(pair[1])
     if torch.rand(()) < flip:
-        image, width = image.flip(-1), image.shape[-1]
+        image = image.flip(-1)
         x0, y0, x1, y1 = target["boxes"].unbind(1)
-        target["boxes"] = torch.stack((width - x1, y0, width - x0, y1), 1)
+        target["boxes"] = torch.stack((image.shape[-1] - x1, y0, image.shape[-1] - x0, y1), 1)
         if "masks" in target:
             target["masks"] = target["masks"].flip(-1)
     return image, target
 
 
 def collate(samples):
-    """List of Stream items -> images with targets, indices, indices of unreadable images."""
+    """A list of Stream items -> [(image, target), ...], indices of the images, indices of unreadable ones."""
     pairs, indices, bad = zip(*samples)
     return pairs, indices, sum(bad, [])
 
 
-def load_batches(stream, sampler, args, device):
-    """Batches of a stream: yields (images float in 0..1, targets, indices, unreadable), the first two on the device."""
-    loader = DataLoader(stream, batch_sampler=sampler, num_workers=args.workers, collate_fn=collate,
-                        worker_init_fn=ignore_signals)
-    for pairs, indices, bad in loader:
-        images = [image.to(device, non_blocking=True).float() / 255 for image, _ in pairs]
-        targets = [{name: value.to(device) for name, value in target.items()} for _, target in pairs]
-        yield images, targets, bad, indices
+def load_batches(source, flip, sampler, args):
+    """The stream of a source, and batches of it from a sampler of sample numbers; drawn by (seed, number)."""
+    per_epoch = max(1, len(source) // args.batch_size) * args.batch_size if flip else len(source)
+    stream = Stream(source, partial(as_tensors, flip=flip), args.seed, per_epoch)
+    return stream, DataLoader(stream, batch_sampler=sampler, num_workers=args.workers, collate_fn=collate,
+                              worker_init_fn=ignore_signals)
+
+
+def to_device(pairs, device):
+    """[(image uint8, target), ...] -> images float in 0..1, targets, on the device."""
+    images = [image.to(device, non_blocking=True).float() / 255 for image, _ in pairs]
+    return images, [{name: value.to(device) for name, value in target.items()} for _, target in pairs]
 
 
 # ------------------------------------------------------------------------------------------- detector
-class Heads(RoIHeads):
-    """torchvision's heads, where a mask head that is the box head (C4) reuses its maps in training, as Detectron2's.
-
-    R regions, K classes with background. forward: the losses in train mode, detections in eval mode.
-    """
+class SharedHeads(roi_heads.RoIHeads):
+    """Heads whose mask head is the box head (C4): conv5 sees a training batch of R regions once, as in Detectron2."""
 
     def forward(self, features, proposals, image_shapes, targets=None):
-        if self.training:
-            proposals, matches, labels, deltas = self.select_training_samples(proposals, targets)
-        maps = self.box_head(self.box_roi_pool(features, proposals, image_shapes))  # (R, C5, 7, 7) or (R, 1024)
-        logits, codes = self.box_predictor(maps)  # (R, K), (R, 4K)
         if not self.training:
-            boxes, scores, labels = self.postprocess_detections(logits, codes, proposals, image_shapes)
-            found = [{"boxes": b, "scores": s, "labels": l} for b, s, l in zip(boxes, scores, labels)]
-            if self.has_mask():
-                maps = self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))
-                for one, masks in zip(found, maskrcnn_inference(self.mask_predictor(maps), labels)):
-                    one["masks"] = masks
-            return found, {}
-        losses = dict(zip(("loss_classifier", "loss_box_reg"), fastrcnn_loss(logits, codes, labels, deltas)))
-        if self.has_mask():
-            objects = [part > 0 for part in labels]
-            proposals, matches = ([part[keep] for part, keep in zip(parts, objects)] for parts in (proposals, matches))
-            if self.mask_head is self.box_head:
-                maps = maps[torch.cat(objects)]
-            else:
-                maps = self.mask_head(self.mask_roi_pool(features, proposals, image_shapes))
-            masks, labels = ([target[name] for target in targets] for name in ("masks", "labels"))
-            losses["loss_mask"] = maskrcnn_loss(self.mask_predictor(maps), proposals, masks, labels, matches)
-        return [], losses
+            return super().forward(features, proposals, image_shapes)
+        proposals, matches, labels, deltas = self.select_training_samples(proposals, targets)
+        maps = self.box_head(self.box_roi_pool(features, proposals, image_shapes))  # (R, C5, 7, 7)
+        losses = roi_heads.fastrcnn_loss(*self.box_predictor(maps), labels, deltas)
+        objects = [part > 0 for part in labels]
+        boxes, matches = ([part[keep] for part, keep in zip(parts, objects)] for parts in (proposals, matches))
+        logits = self.mask_predictor(maps[torch.cat(objects)])  # (objects, K, 14, 14)
+        masks, labels = ([target[name] for target in targets] for name in ("masks", "labels"))
+        loss_mask = roi_heads.maskrcnn_loss(logits, boxes, masks, labels, matches)
+        return [], {"loss_classifier": losses[0], "loss_box_reg": losses[1], "loss_mask": loss_mask}
 
 
 def as_float32(out):
-    """Nested lists and dicts of tensors in float32: torchvision computes boxes in the type it is given."""
+    """Nested lists and dicts of tensors in float32: torchvision computes boxes in the type that it is given."""
     if isinstance(out, dict):
         return {name: as_float32(value) for name, value in out.items()}
     return out.float() if torch.is_tensor(out) else [as_float32(value) for value in out]
 
 
 def new_detector(encoder, protocol, classes, min_size=(800,), max_size=1333, rois=512):
-    """A detector on an Encoder's own modules: lists of images (3, height, width) in 0..1, of targets in train mode.
+    """A torchvision detector around an encoder's own modules; takes lists of images in 0..1 and of targets.
 
-    `classes` without background. Anchors are those of a shorter side of 800 in testing, and scale with it.
+    classes: without background. Anchors are the protocol's at 800 pixels in testing, and scale with min_size[-1].
     """
-    fpn, masks, scale, outputs = protocol.endswith("fpn"), protocol != "voc-c4", min_size[-1] / 800, classes + 1
-    sizes = [size * scale for size in (32, 64, 128, 256, 512)]
+    scale, outputs, width = min_size[-1] / 800, classes + 1, encoder.dim5
+    sizes, ratios = [size * scale for size in (32, 64, 128, 256, 512)], (0.5, 1.0, 2.0)
     align = partial(MultiScaleRoIAlign, sampling_ratio=0, canonical_scale=224 * scale)
-    if fpn:
-        widths = [encoder.dim5 // 8, encoder.dim5 // 4, encoder.dim5 // 2, encoder.dim5]
+    if protocol == "coco-fpn":
         layers = {f"layer{level + 1}": str(level) for level in range(4)}
-        backbone = BackboneWithFPN(encoder, layers, widths, 256, norm_layer=nn.BatchNorm2d)
-        anchors = AnchorGenerator([(size,) for size in sizes], [(0.5, 1.0, 2.0)] * 5)
-        width, keep_train, before_nms = 256, 1000, {"training": 2000, "testing": 1000}
-        box_pool, box_head, predictor = align(list("0123"), 7), TwoMLPHead(256 * 49, 1024), FastRCNNPredictor(1024, outputs)
-        mask_pool, mask_head = align(list("0123"), 14), MaskRCNNHeads(256, [256] * 4, 1, nn.BatchNorm2d)
+        backbone = backbone_utils.BackboneWithFPN(encoder, layers, [width // 8, width // 4, width // 2, width], 256,
+                                                  norm_layer=nn.BatchNorm2d)
+        anchors, rpn_width = AnchorGenerator([(size,) for size in sizes], [ratios] * 5), 256
+        before_nms, after_nms = {"training": 2000, "testing": 1000}, 1000  # the first: of each level
+        box = [align(list("0123"), 7), TwoMLPHead(256 * 7 * 7, 1024), FastRCNNPredictor(1024, outputs)]
+        mask = [align(list("0123"), 14), mask_rcnn.MaskRCNNHeads(256, [256] * 4, 1, nn.BatchNorm2d),
+                mask_rcnn.MaskRCNNPredictor(256, 256, outputs)]
     else:
-        names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
-        backbone = nn.Sequential(*(getattr(encoder, name) for name in names))
-        anchors = AnchorGenerator([tuple(sizes)], [(0.5, 1.0, 2.0)])
-        width, keep_train, before_nms = encoder.dim4, 2000, {"training": 12000, "testing": 6000}
-        box_pool = mask_pool = align(["0"], 14)
-        box_head = mask_head = nn.Sequential(encoder.layer4, nn.BatchNorm2d(encoder.dim5))  # (R, C5, 7, 7)
-        predictor = nn.Sequential(nn.AdaptiveAvgPool2d(1), FastRCNNPredictor(encoder.dim5, outputs))
-    mask_parts = (mask_pool, mask_head, MaskRCNNPredictor(256 if fpn else encoder.dim5, 256, outputs))
-    rpn = RegionProposalNetwork(anchors, RPNHead(width, anchors.num_anchors_per_location()[0]), 0.7, 0.3, 256, 0.5,
-                                before_nms, {"training": keep_train, "testing": min(1000, 2 * rois)}, 0.7)
-    heads = Heads(box_pool, box_head, predictor, 0.5, 0.5, rois, 0.25, None, 0.05, 0.5, 100, *(mask_parts if masks else ()))
-    for module in (backbone, rpn.head, predictor, mask_parts[-1]):
+        backbone = nn.Sequential(encoder.conv1, encoder.bn1, encoder.relu, encoder.maxpool,
+                                 encoder.layer1, encoder.layer2, encoder.layer3)
+        anchors, rpn_width = AnchorGenerator([sizes], [ratios]), encoder.dim4
+        before_nms, after_nms = {"training": 12000, "testing": 6000}, 2000
+        conv5 = nn.Sequential(encoder.layer4, nn.BatchNorm2d(width))  # (R, C4, 14, 14) -> (R, C5, 7, 7)
+        predictor = nn.Sequential(nn.AdaptiveAvgPool2d(1), FastRCNNPredictor(width, outputs))
+        box = [align(["0"], 14), conv5, predictor]
+        mask = [align(["0"], 14), conv5, mask_rcnn.MaskRCNNPredictor(width, 256, outputs)]
+    rpn_head = rpn.RPNHead(rpn_width, anchors.num_anchors_per_location()[0])
+    after_nms = {"training": after_nms, "testing": min(1000, 2 * rois)}
+    proposals = rpn.RegionProposalNetwork(anchors, rpn_head, 0.7, 0.3, 256, 0.5, before_nms, after_nms, 0.7)
+    heads = (SharedHeads if protocol == "coco-c4" else roi_heads.RoIHeads)(
+        *box, 0.5, 0.5, rois, 0.25, None, 0.05, 0.5, 100, *(() if protocol == "voc-c4" else mask))
+    for module in (backbone, rpn_head, box[-1], mask[-1]):
         module.register_forward_hook(lambda module, inputs, out: as_float32(out))
-    return GeneralizedRCNN(backbone, rpn, heads, GeneralizedRCNNTransform(min_size, max_size, IMAGENET_MEAN, IMAGENET_STD))
+    transform = GeneralizedRCNNTransform(min_size, max_size, IMAGENET_MEAN, IMAGENET_STD)
+    return generalized_rcnn.GeneralizedRCNN(backbone, proposals, heads, transform)
+
+
+# -------------------------------------------------------------------------------------------- scoring
+def load_coco_tools():
+    """pycocotools' COCO, COCOeval and mask.encode; without it exit code 2, saying how to install it."""
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+        from pycocotools.mask import encode
+    except ImportError:
+        fail("scoring needs pycocotools: pip install pycocotools")
+    return COCO, COCOeval, encode
+
+
+def annotations(objects, image, masks):
+    """The objects in image number `image`, a target or a detection, as COCO's records; with `masks` or boxes only."""
+    encode, out = load_coco_tools()[2], []
+    objects = {name: value.cpu() for name, value in objects.items()}
+    for i, (x0, y0, x1, y1) in enumerate(objects["boxes"].tolist()):
+        box = [x0, y0, x1 - x0, y1 - y0]
+        one = {"image_id": image, "category_id": int(objects["labels"][i]), "bbox": box, "area": box[2] * box[3],
+               "iscrowd": int("crowd" in objects and objects["crowd"][i])}
+        if "scores" in objects:
+            one["score"] = float(objects["scores"][i])
+        if masks:
+            mask = objects["masks"][i].flatten(0, -3).squeeze(0) if objects["masks"][i].dim() > 2 else objects["masks"][i]
+            one["segmentation"] = encode(np.asfortranarray((mask > 0.5).numpy(), dtype=np.uint8))
+        out.append(one)
+    return out
+
+
+def average_precisions(images, truth, found, masks):
+    """COCOeval's AP, AP50, AP75 of boxes, with `masks` also AP_mask, ..., in percent.
+
+    images: COCO's records of them (id, height, width); truth, found: lists of `annotations`.
+    """
+    COCO, COCOeval, _ = load_coco_tools()
+    scores, sets = {}, []
+    categories = [{"id": label} for label in sorted({one["category_id"] for one in truth})]
+    with contextlib.redirect_stdout(io.StringIO()):
+        for objects in (truth, found):
+            coco = COCO()
+            numbered = [one | {"id": number} for number, one in enumerate(objects, 1)]
+            coco.dataset = {"images": images, "categories": categories, "annotations": numbered}
+            coco.createIndex()
+            sets.append(coco)
+        for kind, suffix in (("bbox", ""), ("segm", "_mask"))[:1 + masks]:
+            result = COCOeval(*sets, kind)
+            result.evaluate()
+            result.accumulate()
+            result.summarize()
+            for name, value in zip(("AP", "AP50", "AP75"), result.stats):
+                scores[name + suffix] = 100 * float(value)
+    return scores
+
+
+@torch.no_grad()
+def evaluate(model, source, args, rank, world, device, autocast):
+    """Scores of a detector on a whole source, on every rank. Exit code 2 where an image cannot be read."""
+    model.eval()
+    for buffer in model.buffers() if world > 1 else ():  # running statistics: rank 0's, where not synchronised
+        dist.broadcast(buffer, 0)
+    mine, batch = range(rank, len(source), world), max(1, args.batch_size // world)
+    sampler = [mine[i:i + batch] for i in range(0, len(mine), batch)]
+    stream, batches = load_batches(source, 0.0, sampler, args)
+    masks, records = args.protocol != "voc-c4", ([], [], [])
+    for pairs, indices, bad in tqdm(batches, desc="val", leave=False, disable=None if rank == 0 else True):
+        if bad:
+            fail(f"{stream.name(bad[0])}: cannot be read, so that the detector cannot be scored")
+        images, targets = to_device(pairs, device)
+        with autocast:
+            found = model(images)
+        for index, image, target, detection in zip(indices, images, targets, found):
+            records[0].append({"id": index, "height": image.shape[1], "width": image.shape[2]})
+            records[1].extend(annotations(target, index, masks))
+            records[2].extend(annotations(detection, index, masks))
+    parts = [records]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, records)
+    return average_precisions(*(sum(lists, []) for lists in zip(*parts)), masks)
+
+
+# ------------------------------------------------------------------------------------------- training
+def lr_at(step, args):
+    """Learning rate of step 0, 1, ...: linear warm-up from a thousandth, then falling to a tenth twice."""
+    iterations, falls, warmup, _ = PROTOCOLS[args.protocol]
+    warmup = min(warmup, args.iterations // 10)
+    fallen = sum(step >= round(fall * args.iterations / iterations) for fall in falls)
+    return args.lr * (min(1.0, 0.001 + 0.999 * step / warmup) if warmup else 1.0) * 0.1 ** fallen
+
+
+def new_optimizer(model):
+    """SGD with momentum 0.9 and, except on batch norms, weight decay 1e-4."""
+    norms = [p for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+             for p in module.parameters()]
+    rest = list(set(model.parameters()) - set(norms))
+    return torch.optim.SGD([{"params": rest}, {"params": norms, "weight_decay": 0.0}], lr=0.0, momentum=0.9,
+                           weight_decay=1e-4)
+
+
+def fit(model, source, args, rank, world, device, autocast, scaler, stopping):
+    """Train a detector in place, resuming, logging and saving in --out -> steps done, fewer when stopped."""
+    optimizer, start = new_optimizer(model), 0
+    with user_errors():
+        checkpoint = load_run(args.out, args, FREE)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        start = checkpoint["step"]
+    parallel = model
+    if world > 1:
+        if device.type == "cuda":
+            model = parallel = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    stop = min(args.iterations, args.max_steps or args.iterations)
+    sampler = StreamSampler(start, stop, args.batch_size, rank, world)
+    stream, batches = load_batches(source, 0.5, sampler, args)
+    unreadable = Unreadable(stream, checkpoint["unreadable"] if checkpoint else ())
+    header = {"args": vars(args), "images": len(source), "steps": args.iterations, **versions(world, device)}
+    log = open_log(Path(args.out) / "log.jsonl", start, header) if rank == 0 else None
+    bar = tqdm(total=stop, initial=start, unit="step", disable=None if rank == 0 else True)
+    model.train()
+    logged_at, logged_step, done, stopped = time.time(), start, start, False
+    for pairs, _, _ in map(unreadable.note, batches):
+        lr = lr_at(done, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(int(np.random.SeedSequence((args.seed, done, rank)).generate_state(1)[0]))  # for resuming
+        with autocast:
+            losses = parallel(*to_device(pairs, device))
+        loss = sum(losses.values())
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        bar.update()
+
+        done += 1
+        stopped = bool(agree(bool(stopping)))
+        saving = done % args.save_every == 0 or done == stop or stopped
+        logging = done % args.log_every == 0 or done == args.iterations
+        if not (logging or saving):
+            continue
+        meters = average({"loss": loss.detach()} | {name: value.detach() for name, value in losses.items()}, world)
+        if not all(map(math.isfinite, meters.values())):
+            fail(f"step {done}: the loss is not finite ({meters}); a smaller --lr may help", code=1)
+        count = unreadable.count()
+        if logging and rank == 0:
+            rate = (done - logged_step) * args.batch_size / (time.time() - logged_at)
+            write_line(log, {"step": done, "lr": lr, **meters, "images/s": round(rate, 2),
+                             "memory_gib": round(memory_gib(device), 2), "unreadable": count})
+            bar.set_postfix(loss=f"{meters['loss']:.3f}", refresh=False)
+            logged_at, logged_step = time.time(), done
+        if saving:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
+                     "scaler": scaler.state_dict(), "args": vars(args), "unreadable": sorted(unreadable.known)}
+            save_files(args.out, last=partial(torch.save, state))
+        if stopped:
+            break
+    bar.close()
+    return done
+
+
+# ---------------------------------------------------------------------------------------------- main
+def main(argv=None):
+    args = parse_args(argv)
+    if args.export_detectron2:
+        with user_errors():
+            export_detectron2(load_pretrained(args), args.export_detectron2)
+        return
+    load_coco_tools()
+    stopping = catch_signals()
+    rank, world, device = setup_ranks()
+    torch.backends.cudnn.benchmark = False  # image sizes vary
+    autocast, scaler = set_precision(args, device)
+    default_workers(args, device)
+    parent = "runs/random" if args.pretrained == "random" else Path(args.pretrained).parent
+    args.out = args.out or f"{parent}/{args.protocol}"
+    with user_errors():
+        encoder = load_pretrained(args)
+        source, val = (open_source(args.data, args.protocol, split) for split in ("train", "val"))
+        if list(source.classes) != list(val.classes):
+            raise ValueError(f"--data {args.data}: train and val have different classes")
+        if args.batch_size % world or len(source) < args.batch_size:
+            raise ValueError(f"--batch-size {args.batch_size}: must be a multiple of {world} ranks, and at most the "
+                             f"{len(source)} training images")
+        lock = open_run(args.out) if rank == 0 else None  # held until the process ends
+    torch.manual_seed(args.seed)
+    model = new_detector(encoder, args.protocol, len(source.classes), args.min_size, args.max_size, args.rois)
+    model = model.to(device)
+    done = fit(model, source, args, rank, world, device, autocast, scaler, stopping)
+    if done < args.iterations:
+        if rank == 0:
+            print(f"{args.out}: stopped after step {done} of {args.iterations}; the same command goes on")
+    else:
+        scores = evaluate(model, val, args, rank, world, device, autocast)
+        result = scores | {"protocol": args.protocol, "iterations": done, "batch_size": args.batch_size, "lr": args.lr,
+                           "seed": args.seed, "encoder": args.pretrained, "sha256": args.sha256, "arch": args.arch,
+                           "data": args.data}
+        if rank == 0:
+            with open(Path(args.out) / "log.jsonl", "a") as log:
+                write_line(log, result)
+            print(json.dumps(result))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
