@@ -8,7 +8,7 @@
   coco-c4   Mask R-CNN: the same, and the mask head on the box head's map                         Table 4
   coco-fpn  Mask R-CNN: feature pyramid, two linear layers as box head                            Table 5
 
-All layers and batch norms train (MoCo's protocol); what torchvision's detectors leave open is as in Detectron2.
+All layers and batch norms train (MoCo's protocol); what torchvision's models leave open is as in Detectron2.
 The last line on stdout is one JSON object with the scores. The same command again resumes.
 """
 import contextlib
@@ -18,7 +18,6 @@ import json
 import math
 import pickle
 import re
-import time
 from functools import partial
 from pathlib import Path
 
@@ -31,9 +30,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.datasets import CocoDetection, VOCDetection
-from torchvision.models.detection import backbone_utils, generalized_rcnn, mask_rcnn, roi_heads, rpn
+from torchvision.models.detection import backbone_utils, faster_rcnn, mask_rcnn, roi_heads, rpn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image
 from tqdm import tqdm
@@ -62,17 +61,16 @@ def parse_args(argv=None):
     add("--pretrained", required=True, metavar="FILE|random",
         help="encoder.pth, last.pth, the authors' checkpoint, a torchvision or MoCo state dict, or random")
     add("--arch", choices=ARCHS, help="read off the file unless given (random: default resnet50)")
-    add("--data", metavar="PATH|shapes", help="folder with VOCdevkit/, or with annotations/, train2017/, val2017/ "
+    add("--data", metavar="PATH|shapes", help="folder with VOCdevkit/, or annotations/, train2017/, val2017/ "
         "(default ./voc, ./coco), or embedded scenes; shapes:N has N training images")
-    add("--export-detectron2", metavar="OUT.pkl", help="only write the encoder for Detectron2 (MoCo's configs)")
+    add("--export-detectron2", metavar="OUT.pkl", help="only write the encoder for Detectron2")
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=PROTOCOLS, default="voc-c4", help="see above (default voc-c4)")
     add("--iterations", type=int, help="the schedule scales with them (default 24000, COCO 90000)")
     add("--batch-size", type=int, default=16, help="images over all ranks (default 16)")
     add("--lr", type=float, default=0.02, help="peak learning rate of SGD (default 0.02)")
-    add("--min-size", type=int, nargs="+", metavar="PX", help="shorter sides, one drawn per training image; the "
-        "last is that of testing, and anchors scale with it (default 480-800 by 32, COCO 640-800)")
-    add("--max-size", type=int, default=1333, metavar="PX", help="longest side (default 1333)")
+    add("--min-size", type=int, nargs="+", metavar="PX", help="shorter sides, one drawn per image; testing "
+        "takes the last, and anchors scale with it (default 480-800 by 32, COCO 640-800)")
     add("--rois", type=int, default=512, help="regions per image that train the heads (default 512); testing "
         "looks at twice as many proposals, 1000 at most")
     add = parser.add_argument_group("running").add_argument
@@ -86,8 +84,8 @@ def parse_args(argv=None):
     positive(args, "iterations", "batch_size", "rois", "save_every")
     if args.lr <= 0:
         fail(f"--lr {args.lr:g}: must be above 0")
-    if not 32 <= min(args.min_size) <= max(args.min_size) <= args.max_size:
-        fail(f"--min-size {args.min_size}: must lie between 32 and --max-size {args.max_size}")
+    if not 32 <= min(args.min_size) <= max(args.min_size) <= 1333:
+        fail(f"--min-size {args.min_size}: must lie between 32 and 1333, the longest side")
     return args
 
 
@@ -108,23 +106,23 @@ def export_detectron2(encoder, path):
     """Write an encoder as a pickle of numpy arrays in Detectron2's naming, without num_batches_tracked."""
     arrays = {}
     for key, value in encoder.state_dict().items():
-        key = key if key.startswith("layer") else f"stem.{key}"
-        key = re.sub(r"layer(\d)", lambda match: f"res{int(match[1]) + 1}", key)
-        key = re.sub(r"bn(\d)", r"conv\1.norm", key)
-        key = key.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
         if not key.endswith("num_batches_tracked"):
+            key = re.sub(r"^(?!layer)", "stem.", key)
+            key = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", key)
+            key = re.sub(r"bn(\d)", r"conv\1.norm", key)
+            key = key.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
             arrays[key] = value.cpu().numpy()
     content = {"model": arrays, "__author__": "CARE", "matching_heuristics": True}
     write_whole(path, partial(pickle.dump, content))
 
 
 # ----------------------------------------------------------------------------------------------- data
-# A source: source[i] -> ((RGB PIL image, target), i); `classes`, names of the labels from 1 on.
-def make_target(image, boxes, labels, crowd, masks=None):
+# A source: source[i] -> ((RGB PIL image, target), i); `classes`, the names of labels 1, 2, ...
+def new_target(image, boxes, labels, crowd, masks=None):
     """The objects of a PIL image as tensors; boxes are clipped to it, empty ones left out.
 
-    boxes (n, 4) x0, y0, x1, y1 in pixels, float32; labels (n,) int64; crowd (n,) bool: neither right nor wrong
-    to find; masks (n, height, width) uint8, where there are any.
+    boxes (n, 4) x0, y0, x1, y1 in pixels, float32; labels (n,) int64; crowd (n,) bool: neither right nor
+    wrong to find; masks (n, height, width) uint8, where there are any.
     """
     boxes = torch.tensor(np.array(boxes), dtype=torch.float32).reshape(-1, 4)
     boxes = clip_boxes_to_image(boxes, (image.height, image.width))
@@ -137,23 +135,24 @@ def make_target(image, boxes, labels, crowd, masks=None):
 
 
 class Scenes(Shapes):
-    """Squares of `size` pixels with one to four shapes, the later in front; fixed by (split, index)."""
+    """Squares with up to five of the embedded shapes, later ones in front; fixed by (split, index)."""
 
     def __getitem__(self, index):
         rng = np.random.RandomState((index * 2 + (self.split == "val")) % 2 ** 32)
-        canvas, places, labels, masks = self.ground(rng), [], [], []
-        for _ in range(rng.randint(1, 5)):
-            radius = rng.uniform(0.14, 0.26)
+        canvas, level = self.ground(rng)
+        places, labels, masks = [], [], []
+        for _ in range(rng.randint(2, 10)):
+            radius = rng.uniform(0.15, 0.25)
             y, x = rng.uniform(radius, 1 - radius, 2)
             if any(math.hypot(y - v, x - u) < 0.8 * (radius + other) for v, u, other in places):
                 continue
             places.append((y, x, radius))
             labels.append(rng.randint(10) + 1)
-            mask = self.paint(canvas, rng, labels[-1] - 1, (y, x), radius)
+            mask = self.paint(canvas, rng, labels[-1] - 1, (y, x), radius, level)
             masks = [other & ~mask for other in masks] + [mask]
         image = Image.fromarray(np.rint(canvas).astype(np.uint8))
         boxes = [mask_box(mask) for mask in masks]
-        return (image, make_target(image, boxes, labels, [False] * len(boxes), masks)), index
+        return (image, new_target(image, boxes, labels, [False] * len(boxes), masks)), index
 
 
 class Voc(ConcatDataset):
@@ -173,39 +172,38 @@ class Voc(ConcatDataset):
     def __getitem__(self, index):
         image, tree = super().__getitem__(index)
         objects = tree["annotation"]["object"]
-        corners = [[float(o["bndbox"][side]) for side in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
-        boxes = [(x0 - 1, y0 - 1, x1, y1) for x0, y0, x1, y1 in corners]  # VOC: from 1, last pixel included
+        sides = [[float(o["bndbox"][side]) for side in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
+        boxes = [(x0 - 1, y0 - 1, x1, y1) for x0, y0, x1, y1 in sides]  # VOC: from 1, last pixel included
         labels = [VOC_CLASSES.index(o["name"]) + 1 for o in objects]
-        return (image, make_target(image, boxes, labels, [o.get("difficult") == "1" for o in objects])), index
+        return (image, new_target(image, boxes, labels, [o.get("difficult") == "1" for o in objects])), index
 
 
 class Coco(CocoDetection):
     """COCO 2017 in root; `train` has no crowds, and no images without other objects."""
 
     def __init__(self, root, split):
-        folder, annotations = f"{root}/{split}2017", f"{root}/annotations/instances_{split}2017.json"
+        folder, path = f"{root}/{split}2017", f"{root}/annotations/instances_{split}2017.json"
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                super().__init__(folder, annotations)
-        except (AssertionError, KeyError, TypeError, ValueError, OSError) as error:
-            raise ValueError(f"--data {root}: cannot read {annotations} ({error!r})") from None
-        self.keep_crowd = split == "val"
+                super().__init__(folder, path)
+        except (AssertionError, LookupError, TypeError, ValueError, OSError) as error:
+            raise ValueError(f"--data {root}: cannot read {path} ({error!r})") from None
         categories = self.coco.loadCats(sorted(self.coco.getCatIds()))
-        self.classes = [category["name"] for category in categories]
+        self.split, self.classes = split, [category["name"] for category in categories]
         self.labels = {category["id"]: label for label, category in enumerate(categories, 1)}
-        self.ids = [image for image in self.ids if self.keep_crowd or self._load_target(image)]
+        self.ids = [image for image in self.ids if split == "val" or self._load_target(image)]
         self.samples = [(f"{folder}/{self.coco.imgs[image]['file_name']}", None) for image in self.ids]
 
     def _load_target(self, id):
-        objects = super()._load_target(id)
-        return [o for o in objects if self.keep_crowd or not o["iscrowd"] and min(o["bbox"][2:]) > 0]
+        usable = lambda o: self.split == "val" or not o["iscrowd"] and min(o["bbox"][2:]) > 0
+        return [o for o in super()._load_target(id) if usable(o)]
 
     def __getitem__(self, index):
         image, objects = super().__getitem__(index)
         boxes = [(x, y, x + width, y + height) for x, y, width, height in (o["bbox"] for o in objects)]
         labels = [self.labels[o["category_id"]] for o in objects]
         masks = [self.coco.annToMask(o) for o in objects]
-        return (image, make_target(image, boxes, labels, [o["iscrowd"] for o in objects], masks)), index
+        return (image, new_target(image, boxes, labels, [o["iscrowd"] for o in objects], masks)), index
 
 
 def open_source(data, protocol, split):
@@ -221,8 +219,8 @@ def open_source(data, protocol, split):
 
 
 def as_tensors(pair, flip=0.0):
-    """(PIL image, target) -> image (3, height, width) uint8, target; mirrored with probability `flip`."""
-    image, target = TF.pil_to_tensor(pair[0]), dict(pair[1])
+    """(PIL image, target) -> (3, height, width) in 0..1 and target, mirrored with probability `flip`."""
+    image, target = TF.to_tensor(pair[0]), dict(pair[1])
     if torch.rand(()) < flip:
         image = image.flip(-1)
         x0, y0, x1, y1 = target["boxes"].unbind(1)
@@ -232,86 +230,75 @@ def as_tensors(pair, flip=0.0):
     return image, target
 
 
-def collate(samples):
-    """A list of Stream items -> [(image, target), ...], indices of the images, indices of unreadable ones."""
-    pairs, indices, bad = zip(*samples)
-    return pairs, indices, sum(bad, [])
-
-
-def load_batches(source, flip, sampler, args):
-    """The stream of a source, and batches of it from a sampler of sample numbers; drawn by (seed, number)."""
-    per_epoch = max(1, len(source) // args.batch_size) * args.batch_size if flip else len(source)
-    stream = Stream(source, partial(as_tensors, flip=flip), args.seed, per_epoch)
-    return stream, DataLoader(stream, batch_sampler=sampler, num_workers=args.workers, collate_fn=collate,
-                              worker_init_fn=ignore_signals)
-
-
-def to_device(pairs, device):
-    """[(image uint8, target), ...] -> images float in 0..1, targets, on the device."""
-    images = [image.to(device, non_blocking=True).float() / 255 for image, _ in pairs]
-    return images, [{name: value.to(device) for name, value in target.items()} for _, target in pairs]
+def load_batches(stream, sampler, workers, device):
+    """Batches of a Stream: images and targets (lists, on the device), image numbers, unreadable ones."""
+    for samples in DataLoader(stream, batch_sampler=sampler, num_workers=workers, collate_fn=list,
+                              worker_init_fn=ignore_signals):
+        pairs, indices, bad = zip(*samples)
+        images = [image.to(device, non_blocking=True) for image, _ in pairs]
+        targets = [{name: value.to(device) for name, value in target.items()} for _, target in pairs]
+        yield (images, targets), indices, sum(bad, [])
 
 
 # ------------------------------------------------------------------------------------------- detector
 class SharedHeads(roi_heads.RoIHeads):
-    """Heads whose mask head is the box head (C4): conv5 sees a training batch of R regions once, as in Detectron2."""
+    """Heads whose mask head is the box head: conv5 sees a training batch's R regions once (Detectron2)."""
 
     def forward(self, features, proposals, image_shapes, targets=None):
         if not self.training:
             return super().forward(features, proposals, image_shapes)
-        proposals, matches, labels, deltas = self.select_training_samples(proposals, targets)
-        maps = self.box_head(self.box_roi_pool(features, proposals, image_shapes))  # (R, C5, 7, 7)
+        boxes, matches, labels, deltas = self.select_training_samples(proposals, targets)
+        maps = self.box_head(self.box_roi_pool(features, boxes, image_shapes))  # (R, C5, 7, 7)
         losses = roi_heads.fastrcnn_loss(*self.box_predictor(maps), labels, deltas)
         objects = [part > 0 for part in labels]
-        boxes, matches = ([part[keep] for part, keep in zip(parts, objects)] for parts in (proposals, matches))
-        logits = self.mask_predictor(maps[torch.cat(objects)])  # (objects, K, 14, 14)
+        boxes, matches = ([part[keep] for part, keep in zip(parts, objects)] for parts in (boxes, matches))
+        logits = self.mask_predictor(maps[torch.cat(objects)])  # (objects, classes, 14, 14)
         masks, labels = ([target[name] for target in targets] for name in ("masks", "labels"))
         loss_mask = roi_heads.maskrcnn_loss(logits, boxes, masks, labels, matches)
         return [], {"loss_classifier": losses[0], "loss_box_reg": losses[1], "loss_mask": loss_mask}
 
 
 def as_float32(out):
-    """Nested lists and dicts of tensors in float32: torchvision computes boxes in the type that it is given."""
+    """Nested lists and dicts of tensors in float32: torchvision computes boxes in the type it is given."""
     if isinstance(out, dict):
         return {name: as_float32(value) for name, value in out.items()}
     return out.float() if torch.is_tensor(out) else [as_float32(value) for value in out]
 
 
-def new_detector(encoder, protocol, classes, min_size=(800,), max_size=1333, rois=512):
+def new_detector(encoder, protocol, classes, min_size=(800,), rois=512):
     """A torchvision detector around an encoder's own modules; takes lists of images in 0..1 and of targets.
 
-    classes: without background. Anchors are the protocol's at 800 pixels in testing, and scale with min_size[-1].
+    classes: without background. Anchors are the protocol's where min_size ends in 800, and scale with it.
     """
     scale, outputs, width = min_size[-1] / 800, classes + 1, encoder.dim5
     sizes, ratios = [size * scale for size in (32, 64, 128, 256, 512)], (0.5, 1.0, 2.0)
     align = partial(MultiScaleRoIAlign, sampling_ratio=0, canonical_scale=224 * scale)
     if protocol == "coco-fpn":
-        layers = {f"layer{level + 1}": str(level) for level in range(4)}
-        backbone = backbone_utils.BackboneWithFPN(encoder, layers, [width // 8, width // 4, width // 2, width], 256,
-                                                  norm_layer=nn.BatchNorm2d)
+        layers, widths = {f"layer{i + 1}": str(i) for i in range(4)}, [width // 2 ** i for i in (3, 2, 1, 0)]
+        backbone = backbone_utils.BackboneWithFPN(encoder, layers, widths, 256, norm_layer=nn.BatchNorm2d)
         anchors, rpn_width = AnchorGenerator([(size,) for size in sizes], [ratios] * 5), 256
-        before_nms, after_nms = {"training": 2000, "testing": 1000}, 1000  # the first: of each level
-        box = [align(list("0123"), 7), TwoMLPHead(256 * 7 * 7, 1024), FastRCNNPredictor(1024, outputs)]
-        mask = [align(list("0123"), 14), mask_rcnn.MaskRCNNHeads(256, [256] * 4, 1, nn.BatchNorm2d),
-                mask_rcnn.MaskRCNNPredictor(256, 256, outputs)]
+        before_nms, after_nms = (2000, 1000), (1000, min(1000, 2 * rois))  # in training, in testing
+        box = (align(list("0123"), 7), faster_rcnn.TwoMLPHead(256 * 7 * 7, 1024))
+        predictor = faster_rcnn.FastRCNNPredictor(1024, outputs)
+        mask = (align(list("0123"), 14), mask_rcnn.MaskRCNNHeads(256, [256] * 4, 1, nn.BatchNorm2d),
+                mask_rcnn.MaskRCNNPredictor(256, 256, outputs))
     else:
-        backbone = nn.Sequential(encoder.conv1, encoder.bn1, encoder.relu, encoder.maxpool,
-                                 encoder.layer1, encoder.layer2, encoder.layer3)
+        backbone = nn.Sequential(encoder.conv1, encoder.bn1, encoder.relu, encoder.maxpool, encoder.layer1,
+                                 encoder.layer2, encoder.layer3)
         anchors, rpn_width = AnchorGenerator([sizes], [ratios]), encoder.dim4
-        before_nms, after_nms = {"training": 12000, "testing": 6000}, 2000
-        conv5 = nn.Sequential(encoder.layer4, nn.BatchNorm2d(width))  # (R, C4, 14, 14) -> (R, C5, 7, 7)
-        predictor = nn.Sequential(nn.AdaptiveAvgPool2d(1), FastRCNNPredictor(width, outputs))
-        box = [align(["0"], 14), conv5, predictor]
-        mask = [align(["0"], 14), conv5, mask_rcnn.MaskRCNNPredictor(width, 256, outputs)]
-    rpn_head = rpn.RPNHead(rpn_width, anchors.num_anchors_per_location()[0])
-    after_nms = {"training": after_nms, "testing": min(1000, 2 * rois)}
-    proposals = rpn.RegionProposalNetwork(anchors, rpn_head, 0.7, 0.3, 256, 0.5, before_nms, after_nms, 0.7)
+        before_nms, after_nms = (12000, 6000), (2000, min(1000, 2 * rois))
+        box = (align(["0"], 14), nn.Sequential(encoder.layer4, nn.BatchNorm2d(width)))  # (R, C5, 7, 7)
+        predictor = nn.Sequential(nn.AdaptiveAvgPool2d(1), faster_rcnn.FastRCNNPredictor(width, outputs))
+        mask = (*box, mask_rcnn.MaskRCNNPredictor(width, 256, outputs))
+    head = rpn.RPNHead(rpn_width, anchors.num_anchors_per_location()[0])
+    before_nms, after_nms = (dict(zip(("training", "testing"), counts)) for counts in (before_nms, after_nms))
+    proposals = rpn.RegionProposalNetwork(anchors, head, 0.7, 0.3, 256, 0.5, before_nms, after_nms, 0.7)
     heads = (SharedHeads if protocol == "coco-c4" else roi_heads.RoIHeads)(
-        *box, 0.5, 0.5, rois, 0.25, None, 0.05, 0.5, 100, *(() if protocol == "voc-c4" else mask))
-    for module in (backbone, rpn_head, box[-1], mask[-1]):
+        *box, predictor, 0.5, 0.5, rois, 0.25, None, 0.05, 0.5, 100, *(mask if protocol != "voc-c4" else ()))
+    for module in (backbone, head, predictor, mask[-1]):
         module.register_forward_hook(lambda module, inputs, out: as_float32(out))
-    transform = GeneralizedRCNNTransform(min_size, max_size, IMAGENET_MEAN, IMAGENET_STD)
-    return generalized_rcnn.GeneralizedRCNN(backbone, proposals, heads, transform)
+    transform = GeneralizedRCNNTransform(min_size, 1333, IMAGENET_MEAN, IMAGENET_STD)
+    return GeneralizedRCNN(backbone, proposals, heads, transform)
 
 
 # -------------------------------------------------------------------------------------------- scoring
@@ -327,44 +314,42 @@ def load_coco_tools():
 
 
 def annotations(objects, image, masks):
-    """The objects in image number `image`, a target or a detection, as COCO's records; with `masks` or boxes only."""
-    encode, out = load_coco_tools()[2], []
-    objects = {name: value.cpu() for name, value in objects.items()}
-    for i, (x0, y0, x1, y1) in enumerate(objects["boxes"].tolist()):
-        box = [x0, y0, x1 - x0, y1 - y0]
-        one = {"image_id": image, "category_id": int(objects["labels"][i]), "bbox": box, "area": box[2] * box[3],
-               "iscrowd": int("crowd" in objects and objects["crowd"][i])}
-        if "scores" in objects:
-            one["score"] = float(objects["scores"][i])
-        if masks:
-            mask = objects["masks"][i].flatten(0, -3).squeeze(0) if objects["masks"][i].dim() > 2 else objects["masks"][i]
-            one["segmentation"] = encode(np.asfortranarray((mask > 0.5).numpy(), dtype=np.uint8))
-        out.append(one)
+    """COCO's records of the objects, a target's or a detection's, in image number `image`."""
+    x0, y0, x1, y1 = objects["boxes"].cpu().double().unbind(1)
+    boxes = torch.stack((x0, y0, x1 - x0, y1 - y0), 1).tolist()
+    scores, crowd = (objects.get(name, torch.zeros(len(boxes))).tolist() for name in ("scores", "crowd"))
+    names = ("image_id", "bbox", "area", "category_id", "score", "iscrowd")
+    areas, labels = [box[2] * box[3] for box in boxes], objects["labels"].tolist()
+    columns = ([image] * len(boxes), boxes, areas, labels, scores, map(int, crowd))
+    out = [dict(zip(names, row)) for row in zip(*columns)]
+    if masks and out:
+        stack = objects["masks"].reshape(len(out), *objects["masks"].shape[-2:]) > 0.5
+        stack = stack.permute(1, 2, 0).cpu().numpy().astype(np.uint8)  # (height, width, n)
+        codes = load_coco_tools()[2](np.asfortranarray(stack))
+        out = [one | {"segmentation": code} for one, code in zip(out, codes)]
     return out
 
 
 def average_precisions(images, truth, found, masks):
-    """COCOeval's AP, AP50, AP75 of boxes, with `masks` also AP_mask, ..., in percent.
+    """COCOeval's AP, AP50, AP75 of boxes and, with `masks`, AP_mask, ..., in percent.
 
     images: COCO's records of them (id, height, width); truth, found: lists of `annotations`.
     """
     COCO, COCOeval, _ = load_coco_tools()
-    scores, sets = {}, []
+    scores, sets = {}, (COCO(), COCO())
     categories = [{"id": label} for label in sorted({one["category_id"] for one in truth})]
     with contextlib.redirect_stdout(io.StringIO()):
-        for objects in (truth, found):
-            coco = COCO()
-            numbered = [one | {"id": number} for number, one in enumerate(objects, 1)]
-            coco.dataset = {"images": images, "categories": categories, "annotations": numbered}
+        for coco, records in zip(sets, (truth, found)):
+            records = [one | {"id": number} for number, one in enumerate(records, 1)]
+            coco.dataset = {"images": images, "categories": categories, "annotations": records}
             coco.createIndex()
-            sets.append(coco)
         for kind, suffix in (("bbox", ""), ("segm", "_mask"))[:1 + masks]:
             result = COCOeval(*sets, kind)
             result.evaluate()
             result.accumulate()
             result.summarize()
-            for name, value in zip(("AP", "AP50", "AP75"), result.stats):
-                scores[name + suffix] = 100 * float(value)
+            names = ("AP" + suffix, "AP50" + suffix, "AP75" + suffix)
+            scores |= dict(zip(names, (100 * result.stats[:3]).tolist()))
     return scores
 
 
@@ -372,112 +357,38 @@ def average_precisions(images, truth, found, masks):
 def evaluate(model, source, args, rank, world, device, autocast):
     """Scores of a detector on a whole source, on every rank. Exit code 2 where an image cannot be read."""
     model.eval()
-    for buffer in model.buffers() if world > 1 else ():  # running statistics: rank 0's, where not synchronised
+    for buffer in model.buffers() if world > 1 else ():  # running statistics: rank 0's, if not synchronised
         dist.broadcast(buffer, 0)
-    mine, batch = range(rank, len(source), world), max(1, args.batch_size // world)
-    sampler = [mine[i:i + batch] for i in range(0, len(mine), batch)]
-    stream, batches = load_batches(source, 0.0, sampler, args)
+    mine, size = range(rank, len(source), world), max(1, args.batch_size // world)
+    sampler = [mine[i:i + size] for i in range(0, len(mine), size)]
+    stream = Stream(source, as_tensors, args.seed, len(source), shuffle=False)
+    batches = load_batches(stream, sampler, args.workers, device)
     masks, records = args.protocol != "voc-c4", ([], [], [])
-    for pairs, indices, bad in tqdm(batches, desc="val", leave=False, disable=None if rank == 0 else True):
+    hidden = None if rank == 0 else True
+    for (images, targets), indices, bad in tqdm(batches, "val", len(sampler), leave=False, disable=hidden):
         if bad:
             fail(f"{stream.name(bad[0])}: cannot be read, so that the detector cannot be scored")
-        images, targets = to_device(pairs, device)
         with autocast:
             found = model(images)
         for index, image, target, detection in zip(indices, images, targets, found):
             records[0].append({"id": index, "height": image.shape[1], "width": image.shape[2]})
             records[1].extend(annotations(target, index, masks))
             records[2].extend(annotations(detection, index, masks))
-    parts = [records]
+    parts = [records] * world
     if world > 1:
-        parts = [None] * world
         dist.all_gather_object(parts, records)
     return average_precisions(*(sum(lists, []) for lists in zip(*parts)), masks)
 
 
 # ------------------------------------------------------------------------------------------- training
 def lr_at(step, args):
-    """Learning rate of step 0, 1, ...: linear warm-up from a thousandth, then falling to a tenth twice."""
+    """Learning rate of step 0, 1, ...: warmed up linearly from a thousandth, twice cut to a tenth."""
     iterations, falls, warmup, _ = PROTOCOLS[args.protocol]
-    warmup = min(warmup, args.iterations // 10)
+    warmup = max(1, min(warmup, args.iterations // 10))
     fallen = sum(step >= round(fall * args.iterations / iterations) for fall in falls)
-    return args.lr * (min(1.0, 0.001 + 0.999 * step / warmup) if warmup else 1.0) * 0.1 ** fallen
+    return args.lr * min(1.0, 0.001 + 0.999 * step / warmup) * 0.1 ** fallen
 
 
-def new_optimizer(model):
-    """SGD with momentum 0.9 and, except on batch norms, weight decay 1e-4."""
-    norms = [p for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
-             for p in module.parameters()]
-    rest = list(set(model.parameters()) - set(norms))
-    return torch.optim.SGD([{"params": rest}, {"params": norms, "weight_decay": 0.0}], lr=0.0, momentum=0.9,
-                           weight_decay=1e-4)
-
-
-def fit(model, source, args, rank, world, device, autocast, scaler, stopping):
-    """Train a detector in place, resuming, logging and saving in --out -> steps done, fewer when stopped."""
-    optimizer, start = new_optimizer(model), 0
-    with user_errors():
-        checkpoint = load_run(args.out, args, FREE)
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        start = checkpoint["step"]
-    parallel = model
-    if world > 1:
-        if device.type == "cuda":
-            model = parallel = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        parallel = DistributedDataParallel(model, broadcast_buffers=False)
-    stop = min(args.iterations, args.max_steps or args.iterations)
-    sampler = StreamSampler(start, stop, args.batch_size, rank, world)
-    stream, batches = load_batches(source, 0.5, sampler, args)
-    unreadable = Unreadable(stream, checkpoint["unreadable"] if checkpoint else ())
-    header = {"args": vars(args), "images": len(source), "steps": args.iterations, **versions(world, device)}
-    log = open_log(Path(args.out) / "log.jsonl", start, header) if rank == 0 else None
-    bar = tqdm(total=stop, initial=start, unit="step", disable=None if rank == 0 else True)
-    model.train()
-    logged_at, logged_step, done, stopped = time.time(), start, start, False
-    for pairs, _, _ in map(unreadable.note, batches):
-        lr = lr_at(done, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        torch.manual_seed(int(np.random.SeedSequence((args.seed, done, rank)).generate_state(1)[0]))  # for resuming
-        with autocast:
-            losses = parallel(*to_device(pairs, device))
-        loss = sum(losses.values())
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        bar.update()
-
-        done += 1
-        stopped = bool(agree(bool(stopping)))
-        saving = done % args.save_every == 0 or done == stop or stopped
-        logging = done % args.log_every == 0 or done == args.iterations
-        if not (logging or saving):
-            continue
-        meters = average({"loss": loss.detach()} | {name: value.detach() for name, value in losses.items()}, world)
-        if not all(map(math.isfinite, meters.values())):
-            fail(f"step {done}: the loss is not finite ({meters}); a smaller --lr may help", code=1)
-        count = unreadable.count()
-        if logging and rank == 0:
-            rate = (done - logged_step) * args.batch_size / (time.time() - logged_at)
-            write_line(log, {"step": done, "lr": lr, **meters, "images/s": round(rate, 2),
-                             "memory_gib": round(memory_gib(device), 2), "unreadable": count})
-            bar.set_postfix(loss=f"{meters['loss']:.3f}", refresh=False)
-            logged_at, logged_step = time.time(), done
-        if saving:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
-                     "scaler": scaler.state_dict(), "args": vars(args), "unreadable": sorted(unreadable.known)}
-            save_files(args.out, last=partial(torch.save, state))
-        if stopped:
-            break
-    bar.close()
-    return done
-
-
-# ---------------------------------------------------------------------------------------------- main
 def main(argv=None):
     args = parse_args(argv)
     if args.export_detectron2:
@@ -495,28 +406,81 @@ def main(argv=None):
     with user_errors():
         encoder = load_pretrained(args)
         source, val = (open_source(args.data, args.protocol, split) for split in ("train", "val"))
-        if list(source.classes) != list(val.classes):
-            raise ValueError(f"--data {args.data}: train and val have different classes")
         if args.batch_size % world or len(source) < args.batch_size:
-            raise ValueError(f"--batch-size {args.batch_size}: must be a multiple of {world} ranks, and at most the "
+            raise ValueError(f"--batch-size {args.batch_size}: must be a multiple of {world} ranks, at most "
                              f"{len(source)} training images")
         lock = open_run(args.out) if rank == 0 else None  # held until the process ends
+        checkpoint = load_run(args.out, args, FREE)
     torch.manual_seed(args.seed)
-    model = new_detector(encoder, args.protocol, len(source.classes), args.min_size, args.max_size, args.rois)
-    model = model.to(device)
-    done = fit(model, source, args, rank, world, device, autocast, scaler, stopping)
+    model = new_detector(encoder, args.protocol, len(source.classes), args.min_size, args.rois).to(device)
+    groups = [{"params": [p for p in model.parameters() if (p.ndim == 1) == flat], "weight_decay": decay}
+              for flat, decay in ((True, 0.0), (False, 1e-4))]  # as Detectron2; but it decays biases
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    for name, part in parts.items() if checkpoint else ():
+        part.load_state_dict(checkpoint[name])
+    done = checkpoint["step"] if checkpoint else 0
+    parallel = model
+    if world > 1:
+        if device.type == "cuda":
+            model = parallel = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    stop = min(args.iterations, args.max_steps or args.iterations)
+    per_epoch = len(source) // args.batch_size * args.batch_size
+    stream = Stream(source, partial(as_tensors, flip=0.5), args.seed, per_epoch)
+    unreadable = Unreadable(stream, checkpoint["unreadable"] if checkpoint else ())
+    sampler = StreamSampler(done, stop, args.batch_size, rank, world)
+    header = {"args": vars(args), "images": len(source), "steps": args.iterations, **versions(world, device)}
+    log = open_log(Path(args.out) / "log.jsonl", done, header) if rank == 0 else None
+    bar = tqdm(total=stop, initial=done, unit="step", disable=None if rank == 0 else True)
+    model.train()
+    for batch, _, _ in map(unreadable.note, load_batches(stream, sampler, args.workers, device)):
+        lr = lr_at(done, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(int(np.random.SeedSequence((args.seed, done, rank)).generate_state(1)[0]))
+        with autocast:  # sizes of images and the sampling of regions come from the seed above
+            losses = parallel(*batch)
+        losses = {"loss": sum(losses.values()), **losses}
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(losses["loss"]).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        bar.update()
+
+        done += 1
+        stopped = bool(agree(bool(stopping)))
+        saving = done % args.save_every == 0 or done == stop or stopped
+        logging = done % args.log_every == 0 or done == args.iterations
+        if not (logging or saving):
+            continue
+        meters = average({name: value.detach() for name, value in losses.items()}, world)
+        if not all(map(math.isfinite, meters.values())):
+            fail(f"step {done}: the loss is not finite ({meters}); a smaller --lr may help", code=1)
+        count = unreadable.count()
+        if logging and rank == 0:
+            memory = round(memory_gib(device), 2)
+            write_line(log, {"step": done, "lr": lr, **meters, "memory_gib": memory, "unreadable": count})
+            bar.set_postfix(loss=f"{meters['loss']:.3f}", refresh=False)
+        if saving:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"step": done, "args": vars(args), "unreadable": sorted(unreadable.known)}
+            save_files(args.out, last=partial(torch.save, state))
+        if stopped:
+            break
+    bar.close()
+
     if done < args.iterations:
-        if rank == 0:
-            print(f"{args.out}: stopped after step {done} of {args.iterations}; the same command goes on")
+        result = f"{args.out}: stopped after step {done} of {args.iterations}; the same command goes on"
     else:
-        scores = evaluate(model, val, args, rank, world, device, autocast)
-        result = scores | {"protocol": args.protocol, "iterations": done, "batch_size": args.batch_size, "lr": args.lr,
-                           "seed": args.seed, "encoder": args.pretrained, "sha256": args.sha256, "arch": args.arch,
-                           "data": args.data}
-        if rank == 0:
-            with open(Path(args.out) / "log.jsonl", "a") as log:
-                write_line(log, result)
-            print(json.dumps(result))
+        result = evaluate(model, val, args, rank, world, device, autocast)
+        for name in ("protocol", "iterations", "batch_size", "lr", "seed", "arch", "data", "sha256"):
+            result[name] = getattr(args, name)
+        result = json.dumps(result | {"encoder": args.pretrained})
+    if rank == 0:
+        if done == args.iterations:
+            write_line(log, json.loads(result))
+        print(result)
     if world > 1:
         dist.destroy_process_group()
 

@@ -1,6 +1,6 @@
 """Linear classification on frozen features, and kNN: the numbers of the paper's Tables 1 and 2.
 
-  torchrun --nproc_per_node 8 linear_eval.py --pretrained runs/care_resnet50/encoder.pth         ImageNet in ./imagenet
+  torchrun --nproc_per_node 8 linear_eval.py --pretrained runs/care_resnet50/encoder.pth     on ./imagenet
   python linear_eval.py --pretrained runs/demo/encoder.pth --data shapes --epochs 10
   python linear_eval.py --pretrained runs/demo/encoder.pth --data shapes --knn
 
@@ -18,18 +18,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 from tqdm import tqdm
 
 from care import ARCHS, Encoder, load_encoder, pool
 from data import Stream, StreamSampler, crop_and_flip, normalize, open_images
-from train import (Unreadable, add_data_arguments, add_run_arguments, agree, average, catch_signals, default_workers,
-                   fail, load_batches, load_run, memory_gib, new_parser, open_log, open_run, positive, save_files,
-                   set_precision, set_size_and_stem, setup_ranks, user_errors, versions, write_line)
+from train import (Unreadable, add_data_arguments, add_run_arguments, agree, average, catch_signals,
+                   default_workers, fail, load_batches, load_run, memory_gib, new_parser, open_log, open_run,
+                   parallelise, positive, save_files, set_precision, set_size_and_stem, setup_ranks,
+                   user_errors, versions, write_line)
 
-SPLITS = ("train", "val")
-FREE = ("data_root", "workers", "out", "log_every", "max_steps", "pretrained")  # pretrained: its sha256 counts
+FREE = ("data_root", "workers", "out", "log_every", "max_steps", "pretrained")  # pretrained: by its sha256
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -37,16 +36,16 @@ def add_evaluation_arguments(parser, epochs, batch_size, lr):
     """The flags that both classification scripts have, with these defaults; a list takes several values."""
     add = parser.add_argument_group("encoder and data").add_argument
     add("--pretrained", required=True, metavar="FILE|random",
-        help="encoder.pth or last.pth of train.py, the authors' checkpoint, a torchvision or MoCo state dict, or random")
-    add("--arch", choices=ARCHS, help="read off the file unless given (random: default resnet50)")
-    add("--stem", choices=("imagenet", "cifar"), help="read off the file unless given (random: default by --data)")
+        help="encoder.pth or last.pth of train.py, the authors' file, a torchvision or MoCo one, or random")
+    add("--arch", choices=ARCHS, help="default: read off the file (random: resnet50)")
+    add("--stem", choices=("imagenet", "cifar"), help="default: read off the file (random: by --data)")
     add_data_arguments(add)
     add = parser.add_argument_group("optimisation").add_argument
     several = {"nargs": "+"} if isinstance(epochs, list) else {}
-    add("--epochs", type=int, default=epochs, help="passes over the training images (default %(default)s)", **several)
+    add("--epochs", type=int, default=epochs, help="passes over the images (default %(default)s)", **several)
     add("--batch-size", type=int, default=batch_size, help="over all ranks (default %(default)s)")
-    add("--lr", type=float, nargs="+", default=lr, help="learning rate (linear_eval: per 256 images of the batch); "
-        "several are compared on held-out training images (default %(default)s)")
+    add("--lr", type=float, nargs="+", default=lr, help="learning rate (linear_eval: per 256 images of "
+        "a batch); several are compared on held-out training images (default %(default)s)")
     add_run_arguments(parser.add_argument_group("running").add_argument)
 
 
@@ -57,7 +56,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("protocol").add_argument
     add("--head", choices=("linear-bn", "linear"), default="linear-bn",
         help="linear-bn: linear, then batch norm (the release's, default); linear: the standard protocol")
-    add("--knn", action="store_true", help="weighted kNN on the features instead, k = 20 and 200; no training")
+    add("--knn", action="store_true", help="weighted kNN on the features, k = 20 and 200; no training")
     args = parser.parse_args(argv)
     positive(args, "epochs", "batch_size")
     if min(args.lr) <= 0:
@@ -69,7 +68,7 @@ def parse_args(argv=None):
 def setup(args, kind):
     """Ranks, device, precision, encoder and data sets of an evaluation, as one namespace.
 
-    Fills in args: arch, stem, image_size, sha256 (of the encoder file), out (beside the encoder, in a folder `kind`).
+    Fills in args: arch, stem, image_size, sha256 (of the encoder file), out (beside that file, in `kind`).
     """
     stopping = catch_signals()
     rank, world, device = setup_ranks()
@@ -88,18 +87,19 @@ def setup(args, kind):
             args.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         args.arch, args.stem = encoder.arch, encoder.stem
         if any(side % encoder.stride or side < encoder.stride for side in args.image_size):
-            raise ValueError(f"--image-size {args.image_size}: must be multiples of {encoder.stride} with this encoder")
+            raise ValueError(f"--image-size {args.image_size}: encoder needs multiples of {encoder.stride}")
         if rank == 0:
             lock = open_run(args.out)
             open_images(args.data, "train", args.data_root, max(args.image_size), download=True)
     with user_errors():
-        train, val = (open_images(args.data, split, args.data_root, max(args.image_size)) for split in SPLITS)
+        train, val = (open_images(args.data, split, args.data_root, max(args.image_size))
+                      for split in ("train", "val"))
         if train.classes != val.classes:
             differ = sorted(set(train.classes) ^ set(val.classes))
-            raise ValueError(f"--data {args.data}: train and val have different classes ({', '.join(differ[:5])})")
+            raise ValueError(f"--data {args.data}: train and val differ in classes ({', '.join(differ[:5])})")
     encoder = encoder.to(device, memory_format=torch.channels_last)
-    return SimpleNamespace(rank=rank, world=world, device=device, autocast=autocast, scaler=scaler, stopping=stopping,
-                           lock=lock, encoder=encoder, train=train, val=val, classes=len(val.classes))
+    return SimpleNamespace(rank=rank, world=world, device=device, autocast=autocast, scaler=scaler, lock=lock,
+                           stopping=stopping, encoder=encoder, train=train, val=val, classes=len(val.classes))
 
 
 def labels_of(source):
@@ -119,53 +119,41 @@ def split_by_class(labels, per_class, seed):
     labels, drawn = torch.tensor(labels), []
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
-        drawn += members[torch.randperm(len(members), generator=generator)[:per_class(len(members))]].tolist()
+        order = torch.randperm(len(members), generator=generator)
+        drawn += members[order[:per_class(len(members))]].tolist()
     return sorted(drawn), sorted(set(range(len(labels))) - set(drawn))
 
 
-class Train:
+def random_crop(image, size):
     """A PIL image -> random resized crop, flipped with p 0.5, (3, height, width) uint8."""
-
-    def __init__(self, size):
-        self.size = size
-
-    def __call__(self, image):
-        return TF.pil_to_tensor(crop_and_flip(image, self.size))
+    return TF.pil_to_tensor(crop_and_flip(image, size))
 
 
-class Centre:
-    """A PIL image -> resized so that 256/224 of the input size remains, centre crop, (3, height, width) uint8."""
-
-    def __init__(self, size):
-        self.size = size
-
-    def __call__(self, image):
-        image = TF.resize(image, round(max(self.size) * 256 / 224))
-        return TF.pil_to_tensor(TF.center_crop(image, self.size))
+def centre_crop(image, size):
+    """A PIL image -> shorter side 256/224 of the input's longer, centre crop, (3, height, width) uint8."""
+    image = TF.resize(image, round(max(size) * 256 / 224))
+    return TF.pil_to_tensor(TF.center_crop(image, size))
 
 
 # ---------------------------------------------------------------------------------------- evaluation
-def shards(count, batch_size, rank, world):
-    """The batches of indices that a rank evaluates: over all ranks, every one of 0 .. count - 1 exactly once."""
-    mine = list(range(rank, count, world))
-    return [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-
-
 def batches_in_order(run, args, source, what):
-    """Centre crops of this rank's share of a data set: yields (images, labels). Exit code 2 on a bad image."""
-    stream = Stream(source, Centre(args.image_size), args.seed, len(source), shuffle=False)
-    batch_size = max(1, args.batch_size // run.world)
-    sampler = shards(len(source), batch_size, run.rank, run.world)
-    loader = load_batches(stream, sampler, args.workers, run.device)
-    for crops, labels, bad in tqdm(loader, desc=what, leave=False, disable=None if run.rank == 0 else True):
-        if bad:
-            fail(f"{stream.name(bad[0])}: cannot be read, so that {what} cannot be scored")
+    """Centre crops of a rank's share of a data set: yields (images, labels). Exit code 2 on a bad image."""
+    crop = partial(centre_crop, size=args.image_size)
+    stream = Stream(source, crop, args.seed, len(source), shuffle=False)
+    share, size = range(run.rank, len(source), run.world), max(1, args.batch_size // run.world)
+    batches = [share[i:i + size] for i in range(0, len(share), size)]
+    loader = load_batches(stream, batches, args.workers, run.device)
+    unreadable = Unreadable(stream)
+    for batch in tqdm(loader, desc=what, leave=False, disable=run.rank > 0 or None):
+        crops, labels, _ = unreadable.note(batch)
         x = normalize(crops.to(run.device, non_blocking=True))
         yield x.contiguous(memory_format=torch.channels_last), labels.to(run.device, non_blocking=True)
+    if unreadable.count():
+        fail(f"{what} cannot be scored without the images named above")
 
 
 def count_correct(scores, labels):
-    """Scores (B, classes) and labels (B,) -> how many labels are first, and among the first five: tensor (2,)."""
+    """Scores (B, classes), labels (B,) -> how many labels are first, and in the first five: tensor (2,)."""
     top = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
     return torch.stack((top[:, 0].sum(), top.sum()))
 
@@ -177,11 +165,10 @@ def evaluate(run, args, model, source, what="val"):
     for buffer in model.buffers():  # running statistics: rank 0's, where they are not synchronised
         if run.world > 1:
             dist.broadcast(buffer, 0)
-    total = 0
+    total = torch.zeros(len(model.heads), 2, dtype=torch.long, device=run.device)
     for x, labels in batches_in_order(run, args, source, what):
         with run.autocast:
-            total = total + torch.stack([count_correct(scores.float(), labels) for scores in model(x)])
-    total = total if torch.is_tensor(total) else torch.zeros(len(model.heads), 2, dtype=torch.long, device=run.device)
+            total += torch.stack([count_correct(scores.float(), labels) for scores in model(x)])
     if run.world > 1:
         dist.all_reduce(total)
     return [tuple(row) for row in (100 * total.double() / len(source)).tolist()]
@@ -189,15 +176,15 @@ def evaluate(run, args, model, source, what="val"):
 
 @torch.no_grad()
 def features(run, args, encoder, source, what):
-    """Pooled conv5 features of a whole data set, l2-normalised, and the labels: (N, dim5), (N,), on every rank."""
+    """Pooled conv5 features of a data set, l2-normalised, and labels: (N, dim5), (N,), on every rank."""
     encoder.eval()
-    parts, labels = [], []
+    parts = [torch.zeros(0, encoder.dim5, device=run.device)]  # a rank may have no image
+    labels = [torch.zeros(0, dtype=torch.long, device=run.device)]
     for x, y in batches_in_order(run, args, source, what):
         with run.autocast:
             parts.append(F.normalize(pool(encoder(x)[1]).float(), dim=1))
         labels.append(y)
-    bank = torch.cat(parts) if parts else torch.zeros(0, encoder.dim5, device=run.device)
-    labels = torch.cat(labels) if labels else torch.zeros(0, dtype=torch.long, device=run.device)
+    bank, labels = torch.cat(parts), torch.cat(labels)
     if run.world > 1:  # shards differ by at most one row: pad, gather, drop the padding (label -1)
         padding = -(-len(source) // run.world) - len(bank)
         bank, labels = F.pad(bank, (0, 0, 0, padding)), F.pad(labels, (0, padding), value=-1)
@@ -210,7 +197,7 @@ def features(run, args, encoder, source, what):
 
 
 def knn_scores(queries, bank, labels, k, classes, temperature=0.07):
-    """Weighted kNN votes (B, classes): each of the k nearest by cosine adds exp(cosine / temperature) to its class.
+    """Weighted kNN votes (B, classes): each of the k nearest adds exp(cosine / temperature) to its class.
 
     queries (B, D) and bank (N, D) l2-normalised; labels (N,); k is clamped to N.
     """
@@ -220,20 +207,20 @@ def knn_scores(queries, bank, labels, k, classes, temperature=0.07):
 
 
 def knn(run, args):
-    """Top-1 and top-5 in percent on val, by k."""
+    """Top-1 and top-5 in percent on val: top1 and top5 with k = 20, top1_k200 and top5_k200 with k = 200."""
     bank, labels = features(run, args, run.encoder, run.train, "train features")
     queries, truth = features(run, args, run.encoder, run.val, "val features")
     scores = {}
-    for k in (20, 200):
+    for k, suffix in ((20, ""), (200, "_k200")):
         correct = sum(count_correct(knn_scores(q, bank, labels, k, run.classes), y)
                       for q, y in zip(queries.split(256), truth.split(256)))
-        scores[k] = (100 * correct.double() / len(truth)).tolist()
+        scores["top1" + suffix], scores["top5" + suffix] = (100 * correct.double() / len(truth)).tolist()
     return scores
 
 
 # ------------------------------------------------------------------------------------------ training
 def new_head(kind, dim, classes):
-    """Classifier (B, dim) -> (B, classes): weights N(0, 0.01), bias 0; `linear-bn` ends in a batch norm (release)."""
+    """(B, dim) -> (B, classes): weights N(0, 0.01), bias 0; `linear-bn` ends in a batch norm (release)."""
     linear = nn.Linear(dim, classes)
     nn.init.normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)
@@ -259,74 +246,73 @@ class Probe(nn.Module):
             return [head(pooled) for head in self.heads]
 
 
-def fit(run, args, out, model, optimizer, source, epochs, free=FREE):
-    """Train `model`, whose forward gives a list of scores, on `source` with a cosine per step.
+def fit(run, args, out, model, optimizer, source, epochs):
+    """Train `model`, which gives a list of scores, by a cosine per step from each group's `base_lr`. -> model
 
-    Each parameter group's learning rate starts at its `base_lr`. Resumes from, logs in and saves to `out`, every
-    epoch and when stopped; --max-steps or a signal ends the script there.
+    Resumes from, logs in and saves to `out`, every epoch and when a signal or --max-steps ends the script.
     """
+    rank, world, device = run.rank, run.world, run.device
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     steps_per_epoch = len(source) // args.batch_size
-    total_steps, start = epochs * steps_per_epoch, 0
+    total_steps = epochs * steps_per_epoch
     with user_errors():
-        checkpoint = load_run(out, args, free)
+        checkpoint = load_run(out, args, FREE) or {}
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        run.scaler.load_state_dict(checkpoint["scaler"])
-        start = checkpoint["step"]
-    parallel = model
-    if run.world > 1:
-        if run.device.type == "cuda":
-            model = parallel = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        parallel = DistributedDataParallel(model, broadcast_buffers=False)
-    dataset = Stream(source, Train(args.image_size), args.seed, steps_per_epoch * args.batch_size)
-    unreadable = Unreadable(dataset, checkpoint["unreadable"] if checkpoint else ())
+        scaler.load_state_dict(checkpoint["scaler"])
+    start = checkpoint.get("step", 0)
+    model, parallel = parallelise(model, world, device)
+    crop = partial(random_crop, size=args.image_size)
+    dataset = Stream(source, crop, args.seed, steps_per_epoch * args.batch_size)
+    unreadable = Unreadable(dataset, checkpoint.get("unreadable", ()))
     stop = min(total_steps, args.max_steps or total_steps)
-    sampler = StreamSampler(start, stop, args.batch_size, run.rank, run.world)
-    header = {"args": vars(args), "images": len(source), "steps": total_steps, **versions(run.world, run.device)}
-    log = open_log(Path(out) / "log.jsonl", start, header) if run.rank == 0 else None
-    bar = tqdm(total=stop, initial=start, unit="step", desc=Path(out).name, disable=None if run.rank == 0 else True)
+    sampler = StreamSampler(start, stop, args.batch_size, rank, world)
+    header = {"args": vars(args), "images": len(source), "steps": total_steps, **versions(world, device)}
+    with user_errors():
+        log = open_log(Path(out) / "log.jsonl", start, header) if rank == 0 else None
+    bar = tqdm(total=stop, initial=start, unit="step", desc=Path(out).name, disable=rank > 0 or None)
 
     model.train()
     done, stopped = start, False
-    for batch in load_batches(dataset, sampler, args.workers, run.device):
-        crops, labels, _ = unreadable.note(batch)
-        scale = 0.5 * (1 + math.cos(math.pi * done / total_steps))
+    for crops, labels, _ in map(unreadable.note, load_batches(dataset, sampler, args.workers, device)):
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * scale
-        x = normalize(crops.to(run.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-        labels = labels.to(run.device, non_blocking=True)
+            group["lr"] = group["base_lr"] * 0.5 * (1 + math.cos(math.pi * done / total_steps))
+        x = normalize(crops.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+        labels = labels.to(device, non_blocking=True)
         with run.autocast:
             scores = parallel(x)
         losses = [F.cross_entropy(s.float(), labels) for s in scores]
         optimizer.zero_grad(set_to_none=True)
-        run.scaler.scale(sum(losses)).backward()
-        run.scaler.step(optimizer)
-        run.scaler.update()
+        scaler.scale(sum(losses)).backward()
+        scaler.step(optimizer)
+        scaler.update()
         bar.update()
 
         done += 1
         stopped = bool(agree(bool(run.stopping)))
-        if done % args.log_every == 0 or done == total_steps:
-            meters = average({f"loss_{i}": loss.detach() for i, loss in enumerate(losses)}, run.world)
+        logging = done % args.log_every == 0 or done == total_steps
+        saving = done % steps_per_epoch == 0 or done == stop or stopped
+        if logging or saving:
+            meters = average({f"loss_{i}": loss.detach() for i, loss in enumerate(losses)}, world)
             if not all(map(math.isfinite, meters.values())):
                 fail(f"step {done}: the loss is not finite ({meters}); a smaller --lr may help", code=1)
             count = unreadable.count()
-            if run.rank == 0:
+            if logging and rank == 0:
                 write_line(log, {"step": done, "epoch": round(done / steps_per_epoch, 4),
                                  "lr": [group["lr"] for group in optimizer.param_groups],
-                                 "loss": list(meters.values()), "memory_gib": round(memory_gib(run.device), 2),
+                                 "loss": list(meters.values()), "memory_gib": round(memory_gib(device), 2),
                                  "unreadable": count})
                 bar.set_postfix(loss=f"{meters['loss_0']:.3f}", refresh=False)
-        if done % steps_per_epoch == 0 or done == stop or stopped:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": run.scaler.state_dict(),
-                     "step": done, "args": vars(args), "unreadable": sorted(unreadable.known)}
+        if saving:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "args": vars(args),
+                     "scaler": scaler.state_dict(), "step": done, "unreadable": sorted(unreadable.known)}
             save_files(out, last=partial(torch.save, state))
         if stopped:
             break
     bar.close()
     if done < total_steps:
-        if run.rank == 0:
+        if rank == 0:
             print(f"{out}: stopped after step {done} of {total_steps}; the same command goes on")
         finish(run, args)
         raise SystemExit(0)
@@ -348,21 +334,15 @@ def finish(run, args, result=None):
         dist.destroy_process_group()
 
 
-def moved(module, before):
-    """Names of a module's parameters and buffers that differ, in any bit, from an earlier copy of its state dict."""
-    return [name for name, value in module.state_dict().items() if not torch.equal(value, before[name])]
-
-
 # ---------------------------------------------------------------------------------------------- main
 def main(argv=None):
     args = parse_args(argv)
     run = setup(args, "knn" if args.knn else "linear")
     if args.knn:
-        scores = knn(run, args)
+        result = knn(run, args) | {"protocol": "knn", "k": 20, "temperature": 0.07}
         if run.rank == 0:
-            open_log(Path(args.out) / "log.jsonl", 0, {"args": vars(args), **versions(run.world, run.device)}).close()
-        result = {"top1": scores[20][0], "top5": scores[20][1], "top1_k200": scores[200][0], "top5_k200": scores[200][1],
-                  "protocol": "knn", "k": 20, "temperature": 0.07}
+            header = {"args": vars(args), **versions(run.world, run.device)}
+            open_log(Path(args.out) / "log.jsonl", 0, header).close()
         return finish(run, args, base_result(args) | result)
 
     before = {name: value.clone() for name, value in run.encoder.state_dict().items()}
@@ -373,20 +353,21 @@ def main(argv=None):
         if not drawn:
             fail("fewer than 10 images in every class: too few to choose between several --lr; give one")
     if len(source) < args.batch_size or args.batch_size % run.world:
-        fail(f"--batch-size {args.batch_size}: must be a multiple of {run.world} ranks and at most {len(source)} images")
+        fail(f"--batch-size {args.batch_size}: must be a multiple of {run.world} ranks, up to {len(source)}")
     torch.manual_seed(args.seed)
     heads = [new_head(args.head, run.encoder.dim5, run.classes) for _ in args.lr]
     model = Probe(run.encoder, heads).to(run.device)
     groups = [{"params": list(head.parameters()), "base_lr": lr * args.batch_size / 256}
               for head, lr in zip(heads, args.lr)]
-    model = fit(run, args, args.out, model, torch.optim.SGD(groups, lr=0.0, momentum=0.9), source, args.epochs)
+    model = fit(run, args, args.out, model, torch.optim.SGD(groups, lr=0, momentum=0.9), source, args.epochs)
 
     best, choice = 0, {}
     if held_out:
         scores = [top1 for top1, _ in evaluate(run, args, model, held_out, "held-out part of train")]
         best, choice = scores.index(max(scores)), {"choice": dict(zip(map(str, args.lr), scores))}
     top1, top5 = evaluate(run, args, model, run.val)[best]
-    changed = moved(model.encoder, before)
+    after = model.encoder.state_dict()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
     if changed:
         fail(f"the frozen encoder has moved ({len(changed)} tensors, first {changed[0]}): no score", code=1)
     classifier = {"head": args.head, "classes": run.train.classes, "sha256": args.sha256,

@@ -1,10 +1,10 @@
 """Semi-supervised classification: fine-tune encoder and classifier on 1 % or 10 % of the labels (Table 3).
 
   torchrun --nproc_per_node 8 semi_eval.py --pretrained runs/care_resnet50/encoder.pth --percent 1 \\
-      --subset 1percent.txt --lr 0.01 0.02 0.05 0.1 0.005 --epochs 30 50           BYOL's grid on SimCLR's list
+      --subset 1percent.txt --lr 0.01 0.02 0.05 0.1 0.005 --epochs 30 50       BYOL's grid on SimCLR's list
   python semi_eval.py --pretrained runs/demo/encoder.pth --data shapes --percent 10
 
-Several --lr or --epochs are compared on a held-out fifth of the subset; the best one then runs once on all of it.
+Several --lr or --epochs are compared on a held-out fifth of the subset; the best then runs once on all of it.
 The last line on stdout is one JSON object with the scores and the protocol. The same command again resumes.
 """
 import argparse
@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.data import Subset
 
 from care import pool
-from linear_eval import (add_evaluation_arguments, base_result, evaluate, finish, fit, labels_of, new_head, setup,
-                         split_by_class)
+from linear_eval import (add_evaluation_arguments, base_result, evaluate, finish, fit, labels_of, new_head,
+                         setup, split_by_class)
 from train import fail, new_parser, positive, user_errors, write_whole
 
 
@@ -29,7 +29,7 @@ def parse_args(argv=None):
     add_evaluation_arguments(parser, epochs=[50], batch_size=1024, lr=[0.05])
     add = parser.add_argument_group("protocol").add_argument
     add("--percent", type=int, choices=(1, 10), required=True, help="share of the training labels")
-    add("--subset", metavar="FILE", help="list of file names, as SimCLR's (default: class-balanced, from the seed)")
+    add("--subset", metavar="FILE", help="list of file names, as SimCLR's (default: drawn per class, seeded)")
     add("--head-lr", type=float, help="learning rate of the classifier (default: that of the encoder)")
     args = parser.parse_args(argv)
     positive(args, "batch_size")
@@ -44,14 +44,15 @@ def names_of(source):
 
     The class is put before a name that lacks it; images without a file are numbered.
     """
-    labels = labels_of(source)
-    files = [Path(path).name for path, _ in source.samples] if hasattr(source, "samples") else map(str, range(len(source)))
-    classes = [source.classes[label] for label in labels]
-    return [name if name.startswith(f"{label}_") else f"{label}_{name}" for label, name in zip(classes, files)]
+    files = map(str, range(len(source)))
+    if hasattr(source, "samples"):
+        files = [Path(path).name for path, _ in source.samples]
+    classes = [source.classes[label] for label in labels_of(source)]
+    return [name if name.startswith(f"{kind}_") else f"{kind}_{name}" for kind, name in zip(classes, files)]
 
 
 def read_subset(path, source):
-    """Indices of the images that a list names, one a line. ValueError when the data lack one, or a class has none."""
+    """Indices of the images that a list names, one a line. ValueError if one is unknown, a class empty."""
     index = {name: i for i, name in enumerate(names_of(source))}
     wanted = Path(path).read_text().split()
     missing = [name for name in wanted if name not in index]
@@ -72,7 +73,7 @@ def check_classes(indices, source, what):
     labels = labels_of(source)
     empty = set(range(len(source.classes))) - {labels[i] for i in indices}
     if empty:
-        raise ValueError(f"{what}: no training image for {len(empty)} classes, first {source.classes[min(empty)]}")
+        raise ValueError(f"{what}: no image for {len(empty)} classes, first {source.classes[min(empty)]}")
     return indices
 
 
@@ -90,16 +91,18 @@ class FineTune(nn.Module):
 
 
 def fine_tune(run, args, out, source, lr, epochs):
-    """A fresh model, fine-tuned on `source` (SGD, Nesterov 0.9, cosine) -> the model."""
+    """A fresh model, fine-tuned on `source` (SGD, Nesterov 0.9, cosine) -> the model, its batch size."""
     Path(out).mkdir(parents=True, exist_ok=True)
     args = argparse.Namespace(**vars(args))
     args.batch_size = min(args.batch_size, len(source)) // run.world * run.world  # small subsets: one batch
+    if args.batch_size < 2 * run.world:
+        fail(f"{len(source)} images are too few for {run.world} ranks")
     torch.manual_seed(args.seed)
     model = FineTune(run.encoder, run.classes).to(run.device)
     groups = [{"params": list(model.encoder.parameters()), "base_lr": lr},
               {"params": list(model.heads.parameters()), "base_lr": args.head_lr or lr}]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
-    return fit(run, args, out, model, optimizer, source, epochs)
+    return fit(run, args, out, model, optimizer, source, epochs), args.batch_size
 
 
 # ---------------------------------------------------------------------------------------------- main
@@ -107,34 +110,37 @@ def main(argv=None):
     args = parse_args(argv)
     run = setup(args, f"semi{args.percent}")
     with user_errors():
-        indices = read_subset(args.subset, run.train) if args.subset else draw_subset(run.train, args.percent, args.seed)
-        if len(indices) < 2 * run.world:
-            raise ValueError(f"{len(indices)} images are too few for {run.world} ranks")
+        if args.subset:
+            indices = read_subset(args.subset, run.train)
+        else:
+            indices = draw_subset(run.train, args.percent, args.seed)
         if run.rank == 0:
             names = names_of(run.train)
-            write_whole(Path(args.out) / "subset.txt",
-                        lambda buffer: buffer.write("".join(f"{names[i]}\n" for i in indices).encode()))
+            text = "".join(f"{names[i]}\n" for i in indices).encode()
+            write_whole(Path(args.out) / "subset.txt", lambda buffer: buffer.write(text))
     subset = Subset(run.train, indices)
 
     grid, choice = list(product(args.lr, args.epochs)), {}
     if len(grid) > 1:
         drawn, rest = split_by_class(labels_of(subset), lambda n: round(n / 5), args.seed)
         if not drawn:
-            fail(f"{len(subset)} images: too few of each class to hold a fifth out; give one --lr and one --epochs")
+            fail(f"{len(subset)} images: too few a class to hold a fifth out; give one --lr and one --epochs")
         for lr, epochs in grid:
             out = Path(args.out) / f"lr{lr:g}_epochs{epochs}"
-            model = fine_tune(run, args, out, Subset(subset, rest), lr, epochs)
-            choice[lr, epochs] = evaluate(run, args, model, Subset(subset, drawn), "held-out fifth of the subset")[0][0]
+            model, _ = fine_tune(run, args, out, Subset(subset, rest), lr, epochs)
+            scores = evaluate(run, args, model, Subset(subset, drawn), "held-out fifth of the subset")
+            choice[lr, epochs] = scores[0][0]
         grid = [max(grid, key=choice.get)]
     (lr, epochs), = grid
-    model = fine_tune(run, args, args.out, subset, lr, epochs)
+    model, batch_size = fine_tune(run, args, args.out, subset, lr, epochs)
     top1, top5 = evaluate(run, args, model, run.val)[0]
-    result = base_result(args) | {"top1": top1, "top5": top5, "protocol": "semi", "percent": args.percent, "head": "linear",
-                                  "lr": lr, "head_lr": args.head_lr or lr, "epochs": epochs,
-                                  "batch_size": min(args.batch_size, len(subset)), "images": len(subset)}
+    result = {"top1": top1, "top5": top5, "protocol": "semi", "percent": args.percent, "head": "linear",
+              "lr": lr, "head_lr": args.head_lr or lr, "epochs": epochs,
+              "batch_size": batch_size, "images": len(subset)}
     if choice:
-        result["choice"] = {f"lr {lr:g}, {epochs} epochs": round(top1, 3) for (lr, epochs), top1 in choice.items()}
-    finish(run, args, result)
+        result["choice"] = {f"lr {lr:g}, {epochs} epochs": round(score, 3)
+                            for (lr, epochs), score in choice.items()}
+    finish(run, args, base_result(args) | result)
 
 
 if __name__ == "__main__":

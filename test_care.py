@@ -1,4 +1,5 @@
-"""Tests: `pytest -q`. No network and no GPU are needed; what only a GPU shows is skipped, with the reason, without one."""
+"""Tests: `pytest -q`. No network and no GPU needed; without a GPU, what only a GPU shows is skipped."""
+import hashlib
 import json
 import math
 import os
@@ -10,8 +11,10 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,11 +27,22 @@ from torchvision import transforms
 
 import care
 import data
+import linear_eval
+import semi_eval
 import train
 from care import CARE, Encoder, MultiHeadSelfAttention, PositionEncoding, load_encoder, save_encoder
 
 HERE = Path(__file__).resolve().parent
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # without a configuration file, pytest does not know the mark
+    slow = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def slow_tests_are_asked_for(request):
+    if request.node.get_closest_marker("slow") and "slow" not in request.config.getoption("-m"):
+        pytest.skip("takes minutes: pytest -m slow")
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +67,7 @@ def two_views(size=64, batch=4):
 
 
 # ------------------------------------------------------------------------ the method against the release
-# Outputs, losses, gradients and one step of the authors' released code, float64, for the values of `fill` and `view`.
+# Outputs, losses, gradients and a step of the released code, float64, for the values of `fill` and `view`.
 GOLDEN = json.loads("""
 {"absolute": {"eval": {"pooled_mean": 1.7756194707011925, "pooled_std": 2.0517042837496957,
 "pooled_0_first8": [2.5540486228263752, 0.9189660064949041, 0.27411932877611356, 0.736994158516361,
@@ -141,7 +155,7 @@ GOLDEN = json.loads("""
 
 
 def fill(name, shape, seed=2021):
-    """The value of a parameter or buffer, by its released name, from which the golden figures were computed."""
+    """The value of a parameter or buffer, by its released name, behind the golden figures."""
     if name.endswith("num_batches_tracked"):
         return np.zeros(shape, np.int64)
     z = np.random.RandomState(zlib.crc32(name.encode()) ^ seed).standard_normal(shape).astype(np.float32)
@@ -180,16 +194,17 @@ def close(found, expected, relative=1e-8):
 
 @pytest.mark.parametrize("position", ["absolute", "relative"])
 def test_golden(position, tmp_path):
-    golden = GOLDEN[position]
+    golden, expected = GOLDEN[position], GOLDEN[position]["eval"]
     model = CARE(position=position)
-    torch.save({"start_epoch": 100, "model": filled_state(model, "module."), "optimizer": {}}, tmp_path / "100_ckpt.pth.tar")
-    model.load_released(tmp_path / "100_ckpt.pth.tar")
+    path = tmp_path / "100_ckpt.pth.tar"
+    torch.save({"start_epoch": 100, "model": filled_state(model, "module."), "optimizer": {}}, path)
+    model.load_released(path)
     if position == "relative":  # the encoder alone, as the evaluation scripts read it, in float32
-        encoder = load_encoder(tmp_path / "100_ckpt.pth.tar").eval()
+        encoder = load_encoder(path).eval()
         with torch.no_grad():
             pooled = care.pool(encoder(view(1).float())[1])
-        close(pooled[0, :8], golden["eval"]["pooled_0_first8"], 1e-4)
-        close([pooled.mean(), pooled.std()], [golden["eval"]["pooled_mean"], golden["eval"]["pooled_std"]], 1e-4)
+        close(pooled[0, :8], expected["pooled_0_first8"], 1e-4)
+        close([pooled.mean(), pooled.std()], [expected["pooled_mean"], expected["pooled_std"]], 1e-4)
     model.double().eval()
     x1, x2 = view(1), view(2)
     with torch.no_grad():
@@ -198,15 +213,15 @@ def test_golden(position, tmp_path):
         online, momentum = model.online(x1), model.momentum(x1)
         outputs = {"f1": model.predictor_c(online["c"]), "f3": model.predictor_t(online["t"]),
                    "f2": momentum["c"], "f4": momentum["t"]}
-    expected = golden["eval"]
     for name, value in outputs.items():
         close(care.normalize(value)[0, :8], expected[f"{name}_0_first8"])
     close(pooled[0, :8], expected["pooled_0_first8"])
-    close([pooled.mean(), pooled.std(), mapped.mean(), mapped.std()],
-          [expected[key] for key in ("pooled_mean", "pooled_std", "transformer_map_mean", "transformer_map_std")])
+    names = ("pooled_mean", "pooled_std", "transformer_map_mean", "transformer_map_std")
+    close([pooled.mean(), pooled.std(), mapped.mean(), mapped.std()], [expected[name] for name in names])
 
     model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0, momentum=0.9, weight_decay=1e-4)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=1e-4)
     parts = {}
     for name, x, y in (("x1->x2", x1, x2), ("x2->x1", x2, x1)):
         parts[name] = model(x, y)
@@ -216,7 +231,8 @@ def test_golden(position, tmp_path):
         first, second = name.split("->")
         close(parts[name]["loss_att"], golden["train_parts"][f"L_att_online[{first}]"]
               + golden["train_parts"][f"L_att_momentum[{second}]"])
-    total = {key: sum(part[key].detach() for part in parts.values()) for key in ("loss", "loss_c", "loss_t", "loss_att")}
+    total = {key: sum(part[key].detach() for part in parts.values())
+             for key in ("loss", "loss_c", "loss_t", "loss_att")}
     close([total["loss"], total["loss_c"], total["loss_t"], 100 * total["loss_att"]],
           [golden["train_total"][key] for key in ("loss", "L_c", "L_t", "lambda*L_att")])
     gradients = {care.released_key(name).removeprefix("student_encoder."): p.grad
@@ -285,7 +301,8 @@ def test_gradients_reach_only_what_they_should():
     f1, f3 = care.normalize(model.predictor_c(online["c"])), care.normalize(model.predictor_t(online["t"]))
     out = model(x1, x2)
     # The gradient of the whole loss in the T-stream is that of L_t alone: L_att sends none into it.
-    t_stream = [*model.online.transformer.parameters(), *model.online.projector_t.parameters(), *model.predictor_t.parameters()]
+    t_stream = [p for module in (model.online.transformer, model.online.projector_t, model.predictor_t)
+                for p in module.parameters()]
     whole = torch.autograd.grad(out["loss"], t_stream)
     alone = torch.autograd.grad(care.similarity_loss(f3, care.normalize(momentum["t"].detach())), t_stream)
     for a, b in zip(whole, alone):
@@ -308,7 +325,8 @@ def test_detach_trunk(detach):
     conv1 = model.online.encoder.conv1.weight
     whole = torch.autograd.grad(model(x1, x2)["loss"], conv1)[0]
     online, momentum = model.online(x1), model.momentum(x2)
-    loss_c = care.similarity_loss(care.normalize(model.predictor_c(online["c"])), care.normalize(momentum["c"].detach()))
+    f1, f2 = care.normalize(model.predictor_c(online["c"])), care.normalize(momentum["c"].detach())
+    loss_c = care.similarity_loss(f1, f2)
     c_stream_only = torch.autograd.grad(loss_c, conv1)[0]
     assert torch.allclose(whole, c_stream_only, rtol=1e-9) == detach
 
@@ -324,7 +342,8 @@ def test_two_half_steps_are_the_summed_loss_bit_for_bit(position):
         assert a.grad is None and b.grad is None or torch.equal(a.grad, b.grad)
 
 
-@pytest.mark.parametrize("arch, millions", [("resnet50", 25.56), ("resnet50w2", 68.88), ("resnet101", 44.55), ("resnet152", 60.19)])
+@pytest.mark.parametrize("arch, millions", [("resnet50", 25.56), ("resnet50w2", 68.88), ("resnet101", 44.55),
+                                            ("resnet152", 60.19)])
 def test_parameter_counts(arch, millions):
     with torch.device("meta"):
         encoder = Encoder(arch)
@@ -376,8 +395,10 @@ def test_learning_rate_schedule():
     assert rates[55] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("bad", [dict(image_size=50), dict(method="dino"), dict(position="rope"), dict(tap="conv3"),
-                                 dict(blocks=0), dict(heads=5), dict(arch="vgg16"), dict(stem="patch")])
+@pytest.mark.parametrize("bad", [
+    dict(image_size=50), dict(method="dino"), dict(position="rope"), dict(tap="conv3"), dict(blocks=0),
+    dict(heads=5), dict(arch="vgg16"), dict(stem="patch"),
+])
 def test_model_refuses(bad):
     with pytest.raises(ValueError):
         small(**bad)
@@ -402,7 +423,8 @@ def test_load_released(position, prefix, tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in others["blocks"].state_dict().items())
 
 
-@pytest.mark.parametrize("arch, stem", [("resnet18", "imagenet"), ("resnet34", "cifar"), ("resnet50", "imagenet"), ("resnet50w2", "imagenet")])
+@pytest.mark.parametrize("arch, stem", [("resnet18", "imagenet"), ("resnet34", "cifar"),
+                                        ("resnet50", "imagenet"), ("resnet50w2", "imagenet")])
 def test_load_encoder_reads_every_format(arch, stem, tmp_path):
     torch.manual_seed(0)
     encoder = Encoder(arch, stem)
@@ -413,8 +435,8 @@ def test_load_encoder_reads_every_format(arch, stem, tmp_path):
         "last": {"model": {f"{branch}.encoder.{key}": value + (0 if branch == "online" else 1)
                            for branch in ("momentum", "online") for key, value in state.items()}, "step": 3},
         "torchvision": with_fc,
-        "mocov2": {"epoch": 1, "state_dict": {f"module.encoder_q.{key}": value for key, value in with_fc.items()}},
-        "mocov3": {"state_dict": {f"module.base_encoder.{key}": value for key, value in with_fc.items()}},
+        "mocov2": {"epoch": 1, "state_dict": {f"module.encoder_q.{key}": with_fc[key] for key in with_fc}},
+        "mocov3": {"state_dict": {f"module.base_encoder.{key}": with_fc[key] for key in with_fc}},
         "untracked": {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")},
     }
     for name, content in files.items():
@@ -438,7 +460,8 @@ def test_load_encoder_refuses(tmp_path):
     state = encoder.state_dict()
     refused(state, "resnet50 was asked for, but the file holds resnet18", arch="resnet50")
     refused(state, "stem cifar was asked for", stem="cifar")
-    refused({key: value for key, value in state.items() if key != "layer3.0.conv1.weight"}, "missing layer3.0.conv1.weight")
+    incomplete = {key: value for key, value in state.items() if key != "layer3.0.conv1.weight"}
+    refused(incomplete, "missing layer3.0.conv1.weight")
     refused(state | {"layer9.weight": torch.zeros(1)}, "unexpected layer9.weight")
     refused(state | {"bn1.weight": torch.zeros(3)}, "wrong shape: bn1.weight")
     refused(state | {"bn1.weight": torch.full((64,), math.nan)}, "not finite: bn1.weight")
@@ -474,7 +497,8 @@ def test_shapes_are_functions_of_split_and_index():
         assert image.dtype == np.uint8 and image.shape == (64, 64, 3) and mask.shape == (64, 64)
         assert np.array_equal(box, data.mask_box(mask)) and 0.1 < mask.mean() < 0.75
     for index in range(10):  # the same image at any size: coarse averages agree
-        small_image, large = (data.Shapes("train", 10, size).render(index)[0].astype(float) for size in (64, 256))
+        both = (data.Shapes("train", 10, size).render(index)[0] for size in (64, 256))
+        small_image, large = (image.astype(float) for image in both)
         large = large.reshape(64, 4, 64, 4, 3).mean((1, 3))
         assert np.abs(small_image - large).mean() < 4
 
@@ -487,7 +511,8 @@ def photo(seed, height=80, width=100):
 
 def row(**values):
     """One view's parameters as `draw` gives them, neutral unless said otherwise."""
-    neutral = dict(jitter=0, brightness=1, contrast=1, saturation=1, hue=0, order=0, gray=0, sigma=0, solarize=0)
+    neutral = dict(jitter=0, brightness=1, contrast=1, saturation=1, hue=0, order=0, gray=0, sigma=0,
+                   solarize=0)
     return [float((neutral | values)[name]) for name in data.PARAMETERS]
 
 
@@ -498,11 +523,12 @@ def batched(images, rows):
 
 
 def test_device_jitter_is_torchvisions():
-    """Against torchvision's float operations, in all 24 orders, to 1e-4: its luma weights have four digits."""
+    """Against torchvision's float operations, in all 24 orders, to 1e-4: its luma weights have 4 digits."""
     rng = np.random.RandomState(0)
     images = [photo(i) for i in range(24)]
-    rows = [row(jitter=1, brightness=rng.uniform(0.6, 1.4), contrast=rng.uniform(0.6, 1.4), saturation=rng.uniform(0.8, 1.2),
-                hue=rng.uniform(-0.1, 0.1), order=order) for order in range(24)]
+    rows = [row(jitter=1, brightness=rng.uniform(0.6, 1.4), contrast=rng.uniform(0.6, 1.4),
+                saturation=rng.uniform(0.8, 1.2), hue=rng.uniform(-0.1, 0.1), order=order)
+            for order in range(24)]
     for image, parameters, found in zip(images, rows, batched(images, rows)):
         expected, p = TF.to_tensor(image), dict(zip(data.PARAMETERS, parameters))
         for step in data.ORDERS[int(p["order"])]:
@@ -512,18 +538,21 @@ def test_device_jitter_is_torchvisions():
 
 
 def test_device_gray_solarize_flip_and_normalisation():
+    """To 1.1e-4, torchvision's first luma weight being 0.2989, not 0.299; at solarize's jump, either side."""
     images = [photo(i) for i in range(4)]
     found = batched(images, [row(gray=1), row(solarize=1), row(gray=1, solarize=1), row()])
+    gray = TF.rgb_to_grayscale(TF.to_tensor(images[2]), 3)
+    solarized = torch.where((gray - 128 / 255).abs() < 2e-4, found[2], TF.solarize(gray, 128 / 255))
     expected = [TF.rgb_to_grayscale(TF.to_tensor(images[0]), 3), TF.to_tensor(TF.solarize(images[1], 128)),
-                TF.solarize(TF.rgb_to_grayscale(TF.to_tensor(images[2]), 3), 128 / 255), TF.to_tensor(images[3])]
+                solarized, TF.to_tensor(images[3])]
     for a, b in zip(found, expected):
-        torch.testing.assert_close(a, b, rtol=0, atol=1.1e-4)  # torchvision's luma weights: 0.2989, not 0.299
+        torch.testing.assert_close(a, b, rtol=0, atol=1.1e-4)
     assert torch.equal(TF.normalize(TF.to_tensor(images[3]), data.IMAGENET_MEAN, data.IMAGENET_STD),
                        data.augment(TF.pil_to_tensor(images[3])[None], torch.tensor([row()]))[0])
 
 
 def test_device_blur_is_torchvisions():
-    """Against torchvision's Gaussian blur to 1e-5; against PIL's, which repeats box filters, to 6 gray levels, mean 1."""
+    """Against torchvision's Gaussian blur to 1e-5; PIL's, repeated box filters, to 6 gray levels, mean 1."""
     images = [photo(i, 224, 224) for i in range(4)]
     sigmas = (0.1, 0.5, 1.2, 2.0)
     found = batched(images, [row(sigma=sigma) for sigma in sigmas])
@@ -535,7 +564,7 @@ def test_device_blur_is_torchvisions():
 
 
 def test_device_and_worker_views_are_the_same_views():
-    """--augment device against --augment worker on one sample: PIL rounds to 8 bits after every step; mean 2 gray levels."""
+    """--augment device against worker, one sample: PIL rounds to 8 bits at every step; mean 2 gray levels."""
     for size in ((64, 64), (64, 96)):
         source = data.Shapes("train", 16, 64)
         views = {mode: data.Stream(source, data.TwoViews(size, mode), 0, 16) for mode in ("device", "worker")}
@@ -549,7 +578,7 @@ def test_device_and_worker_views_are_the_same_views():
 
 
 def test_drawn_parameters_have_the_references_distribution():
-    """4,000 samples of the stream against torchvision's ColorJitter and the paper's probabilities; bounds are about 4 sigma."""
+    """4,000 samples against torchvision's ColorJitter and the paper's probabilities; bounds about 4 sigma."""
     image = Image.new("RGB", (32, 32))
     stream = data.Stream([(image, 0)], data.TwoViews((32, 32)), seed=3, per_epoch=1)
     drawn = torch.stack([stream[n][0][1] for n in range(4000)])  # (4000, 2, 9)
@@ -558,7 +587,8 @@ def test_drawn_parameters_have_the_references_distribution():
         p = dict(zip(data.PARAMETERS, drawn[:, i].unbind(1)))
         for name, expected in probability.items():
             assert abs((p[name] > 0).float().mean() - expected) <= 0.027
-        for name, low, high in (("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.8, 1.2), ("hue", -0.1, 0.1)):
+        for name, low, high in (("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.8, 1.2),
+                                ("hue", -0.1, 0.1)):
             assert p[name].min() >= low and p[name].max() <= high
             uniform = torch.linspace(low, high, 4001)[1:] - (high - low) / 8000
             assert (p[name].sort().values - uniform).abs().max() < 0.035 * (high - low)  # Kolmogorov-Smirnov
@@ -567,7 +597,12 @@ def test_drawn_parameters_have_the_references_distribution():
         assert sigma.min() >= 0.1 and sigma.max() <= 2.0 and abs(sigma.mean() - 1.05) < 0.12
     two = drawn.reshape(4000, -1)[:, [1, 2, 10, 11]].T
     assert torch.corrcoef(two).fill_diagonal_(0).abs().max() < 0.07  # the two views are independent
-    assert torch.corrcoef(torch.stack((drawn[1:, 0, 1], drawn[:-1, 0, 1])))[0, 1].abs() < 0.07  # and so are samples
+    assert torch.corrcoef(torch.stack((drawn[1:, 0, 1], drawn[:-1, 0, 1])))[0, 1].abs() < 0.07  # samples too
+
+
+def extent(crop):
+    """What a crop spans of an image whose channels are x and y: width (negative if flipped) and height."""
+    return crop[:, -1, 0].mean() - crop[:, 0, 0].mean(), crop[-1, :, 1].mean() - crop[0, :, 1].mean()
 
 
 def test_crops_and_flips_have_the_references_distribution():
@@ -577,11 +612,11 @@ def test_crops_and_flips_have_the_references_distribution():
     for n in range(1500):
         torch.manual_seed(n)
         crop = np.asarray(data.crop_and_flip(image, (32, 48))).astype(float)
-        found.append((abs(crop[:, -1, 0].mean() - crop[:, 0, 0].mean()), crop[-1, :, 1].mean() - crop[0, :, 1].mean(),
-                      crop[:, -1, 0].mean() > crop[:, 0, 0].mean()))
+        width, height = extent(crop)
+        found.append((abs(width), height, width > 0))
         torch.manual_seed(n + 10 ** 6)
         crop = np.asarray(transforms.RandomResizedCrop((32, 48))(image)).astype(float)
-        expected.append((crop[:, -1, 0].mean() - crop[:, 0, 0].mean(), crop[-1, :, 1].mean() - crop[0, :, 1].mean(), 0.5))
+        expected.append((*extent(crop), 0.5))
     found, expected = np.array(found), np.array(expected)
     for i in (0, 1):
         a, b = np.sort(found[:, i]), np.sort(expected[:, i])
@@ -607,13 +642,14 @@ def test_ranks_and_accumulation_cut_the_same_global_batches():
         parts = [list(data.StreamSampler(3, 6, 12, rank, world, accum_steps)) for rank in range(world)]
         assert all(len(part) == len(data.StreamSampler(3, 6, 12, 0, world, accum_steps)) for part in parts)
         for step in range(3):
-            taken = [n for part in parts for micro in part[step * accum_steps:(step + 1) * accum_steps] for n in micro]
+            now = slice(step * accum_steps, (step + 1) * accum_steps)
+            taken = [n for part in parts for micro in part[now] for n in micro]
             assert taken == whole[step] == list(range((step + 3) * 12, (step + 4) * 12))
 
 
 # -------------------------------------------------------------------------------------------- train.py
-SMALL = ["--data", "shapes:32", "--arch", "resnet18", "--image-size", "32", "--blocks", "2", "--batch-size", "8",
-         "--epochs", "2", "--workers", "0", "--log-every", "1"]
+SMALL = ["--data", "shapes:32", "--arch", "resnet18", "--image-size", "32", "--blocks", "2", "--batch-size",
+         "8", "--epochs", "2", "--workers", "0", "--log-every", "1"]
 
 
 def run(out, *flags, script=train):
@@ -634,7 +670,8 @@ def same_encoder(a, b):
 
 def same_log(a, b):
     keys = ("step", "epoch", "lr", "tau", "loss", "loss_c", "loss_t", "loss_att", "std_c", "std_t")
-    return [[line[key] for key in keys] for line in steps(a)] == [[line[key] for key in keys] for line in steps(b)]
+    a, b = ([[line[key] for key in keys] for line in steps(out)] for out in (a, b))
+    return a == b
 
 
 def refused(capsys, *flags, code=2, match="", script=train):
@@ -660,22 +697,26 @@ def test_train_leaves_what_it_promises(reference):
     missing, unexpected = torchvision.models.resnet18().load_state_dict(weights, strict=False)
     assert missing == ["fc.weight", "fc.bias"] and unexpected == []
     lines = [json.loads(line) for line in (reference / "log.jsonl").read_text().splitlines()]
-    assert lines[0]["args"]["arch"] == "resnet18" and lines[0]["world_size"] == 1 and lines[0]["torch"] == torch.__version__
+    assert lines[0]["args"]["arch"] == "resnet18"
+    assert lines[0]["world_size"] == 1 and lines[0]["torch"] == torch.__version__
     assert [line["step"] for line in lines[1:]] == list(range(1, 9))
-    assert set(lines[1]) == {"step", "epoch", "lr", "tau", "loss", "loss_c", "loss_t", "loss_att", "std_c", "std_t",
-                             "images/s", "memory_gib", "unreadable"}
+    assert set(lines[1]) == {"step", "epoch", "lr", "tau", "loss", "loss_c", "loss_t", "loss_att", "std_c",
+                             "std_t", "images/s", "memory_gib", "unreadable"}
     for line in lines[1:]:
-        assert line["loss"] == pytest.approx(line["loss_c"] + line["loss_t"] + 100 * line["loss_att"], rel=1e-4)
+        total = line["loss_c"] + line["loss_t"] + 100 * line["loss_att"]
+        assert line["loss"] == pytest.approx(total, rel=1e-4)
     assert lines[-1]["tau"] == 1.0 and lines[1]["lr"] == 1e-6
     assert not list(reference.glob("*.tmp"))
 
 
 def test_the_defaults_are_the_papers_run():
     args = train.parse_args([])
-    assert (args.arch, args.data, args.image_size, args.stem) == ("resnet50", "imagenet", [224, 224], "imagenet")
+    assert (args.arch, args.data, args.stem) == ("resnet50", "imagenet", "imagenet")
+    assert args.image_size == [224, 224]
     assert (args.epochs, args.warmup_epochs, args.batch_size, args.base_lr) == (100, 10, 1024, 0.05)
     assert (args.momentum, args.weight_decay, args.tau_base, args.lambda_att) == (0.9, 1e-4, 0.99, 100)
-    assert (args.method, args.blocks, args.heads, args.position, args.tap) == ("care", 5, 4, "relative", "conv4")
+    assert (args.method, args.position, args.tap) == ("care", "relative", "conv4")
+    assert (args.blocks, args.heads) == (5, 4)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -695,16 +736,20 @@ def test_resume_is_exact(stop, reference, tmp_path):
 
 
 def test_resume_is_exact_with_large_relative_tables(tmp_path):
-    flags = ["--image-size", 256, "--position", "relative", "--blocks", 1, "--batch-size", 4, "--data", "shapes:4", "--epochs", 3]
-    run(tmp_path / "whole", *flags)
-    run(tmp_path / "parts", *flags, "--max-steps", 2)
-    run(tmp_path / "parts", *flags)
-    assert same_log(tmp_path / "parts", tmp_path / "whole") and same_encoder(tmp_path / "parts", tmp_path / "whole")
+    flags = ["--image-size", 256, "--position", "relative", "--blocks", 1, "--batch-size", 4, "--epochs", 3,
+             "--data", "shapes:4"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(whole, *flags)
+    run(parts, *flags, "--max-steps", 2)
+    run(parts, *flags)
+    assert same_log(parts, whole) and same_encoder(parts, whole)
 
 
-@pytest.mark.parametrize("flags", [("--method", "byol"), ("--method", "sequential"), ("--tap", "conv5"), ("--augment", "worker"),
-                                   ("--position", "sincos"), ("--detach-trunk",), ("--stem", "cifar"), ("--precision", "bf16"),
-                                   ("--image-size", "32", "64")])
+@pytest.mark.parametrize("flags", [
+    ("--method", "byol"), ("--method", "sequential"), ("--tap", "conv5"), ("--augment", "worker"),
+    ("--position", "sincos"), ("--detach-trunk",), ("--stem", "cifar"), ("--precision", "bf16"),
+    ("--image-size", "32", "64"),
+])
 def test_ablations_train(flags, tmp_path):
     line = run(tmp_path, *flags, "--max-steps", 2)[-1]
     assert line["step"] == 2 and math.isfinite(line["loss"])
@@ -720,7 +765,8 @@ def test_kept_epochs(tmp_path):
 def torchrun(ranks, *command, **options):
     """Run a script of ours under torchrun on this machine's CPU."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return subprocess.run([*launcher, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=300, **options)
+    command = [*launcher, *map(str, command)]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300, **options)
 
 
 def drive(rank, world, port, out):
@@ -730,13 +776,16 @@ def drive(rank, world, port, out):
     if world > 1:
         torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
         parallel = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0, momentum=0.9, weight_decay=1e-4)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=1e-4)
     autocast, scaler = torch.autocast("cpu", enabled=False), torch.amp.GradScaler("cpu", enabled=False)
     accum_steps, losses = 2 // world, []
     for step in range(5):
-        views = torch.randn(2, 2, 4, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        generator = torch.Generator().manual_seed(step)
+        views = torch.randn(2, 2, 4, 3, 64, 64, dtype=torch.float64, generator=generator)
         mine = views[rank:rank + 1] if world > 1 else views  # slices of the global batch of 8
-        meters = train.pretrain_step(parallel, optimizer, scaler, autocast, mine, accum_steps, lr=0.02, tau=0.98)
+        meters = train.pretrain_step(parallel, optimizer, scaler, autocast, mine, accum_steps, lr=0.02,
+                                     tau=0.98)
         losses.append(train.average(meters, world)["loss"])
     if rank == 0:
         torch.save({"model": model.state_dict(), "losses": losses}, out)
@@ -745,7 +794,7 @@ def drive(rank, world, port, out):
 
 
 def test_two_ranks_are_one_process_with_two_accumulation_steps(tmp_path):
-    """Parameters to 1e-9 after five float64 steps; running statistics are each rank's own and are left out."""
+    """Parameters to 1e-9 after five float64 steps; running statistics are each rank's own: left out."""
     drive(0, 1, 0, tmp_path / "one.pth")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -758,7 +807,7 @@ def test_two_ranks_are_one_process_with_two_accumulation_steps(tmp_path):
 
 
 def test_train_on_two_ranks(tmp_path):
-    """train.py in float32 under torchrun: the first two losses equal one process with --accum-steps 2 to 1e-5."""
+    """float32 under torchrun: the first two losses equal one process with --accum-steps 2 to 1e-5."""
     run(tmp_path / "one", "--accum-steps", 2, "--max-steps", 2)
     result = torchrun(2, "train.py", *SMALL, "--out", tmp_path / "two", "--max-steps", 2)
     assert result.returncode == 0, result.stderr
@@ -791,9 +840,12 @@ print(peak() - before)
 
 
 def test_half_steps_halve_the_activations():
-    """ResNet-50, 224 px, batch 16, float32, CPU: peak resident memory less model, gradients and optimiser, in GiB."""
-    gib = {order: float(subprocess.run([sys.executable, "-c", ACTIVATIONS, order], cwd=HERE, capture_output=True, text=True,
-                                       check=True).stdout) for order in ("half", "both")}
+    """ResNet-50, 224 px, batch 16, float32, CPU: peak memory less model, gradients and optimiser, in GiB."""
+    gib = {}
+    for order in ("half", "both"):
+        command = [sys.executable, "-c", ACTIVATIONS, order]
+        result = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
+        gib[order] = float(result.stdout)
     print(gib)
     assert gib["half"] < 0.6 * gib["both"], gib
 
@@ -815,11 +867,12 @@ def test_folders(tmp_path):
     labelled = data.open_images(str(tmp_path / "set"), "train")
     assert labelled.classes == ["cat", "dog"] and [label for _, label in labelled] == [0, 0, 0, 1, 1]
     assert labelled[0][0].mode == "RGB"
-    assert len(data.open_images("shapes:77", "train")) == 77 and len(data.open_images("shapes:77", "val")) == 1000
+    assert len(data.open_images("shapes:77", "train")) == 77
+    assert len(data.open_images("shapes:77", "val")) == 1000
 
 
 def fake_cifar(root):
-    """CIFAR-10's files, with ten images a batch, in the layout that torchvision reads (hashes patched by the test)."""
+    """CIFAR-10's files, ten images a batch, in the layout that torchvision reads (hashes are patched)."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     rng = np.random.RandomState(0)
@@ -843,8 +896,8 @@ def test_torchvision_sets(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
     sizes = [len(data.open_images("stl10", split, str(tmp_path))) for split in ("pretrain", "train", "val")]
     assert sizes == [6, 4, 3]
-    line = run(tmp_path / "run", "--data", "cifar10", "--data-root", tmp_path, "--image-size", 32, "--max-steps", 1)[-1]
-    assert line["step"] == 1
+    flags = ["--data", "cifar10", "--data-root", tmp_path, "--image-size", 32, "--max-steps", 1]
+    assert run(tmp_path / "run", *flags)[-1]["step"] == 1
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -922,6 +975,470 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
     run(tmp_path, "--max-steps", 3)
     good = (tmp_path / "last.pth").read_bytes()
     step = train.pretrain_step
-    monkeypatch.setattr(train, "pretrain_step", lambda *a, **k: {name: value * math.nan for name, value in step(*a, **k).items()})
+
+    def broken(*args, **named):
+        return {name: value * math.nan for name, value in step(*args, **named).items()}
+
+    monkeypatch.setattr(train, "pretrain_step", broken)
     refused(capsys, *SMALL, "--out", tmp_path, code=1, match=r"step 4: .*not finite \(loss nan, .*loss_c nan")
     assert (tmp_path / "last.pth").read_bytes() == good
+
+
+# --------------------------------------------------------------------------------- linear_eval.py, semi_eval.py
+EVAL = ["--data", "shapes:60", "--image-size", "32", "--batch-size", "20", "--epochs", "2", "--workers", "0",
+        "--log-every", "1"]
+RANDOM = ["--pretrained", "random", "--arch", "resnet18"]
+
+
+def evaluated(capsys, script, out, *flags):
+    """Run an evaluation script in this process -> its final line."""
+    script.main([*EVAL, "--out", str(out), *map(str, flags)])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def encoder_file(tmp_path_factory):
+    """A random ResNet-18 in the authors' layout."""
+    path = tmp_path_factory.mktemp("encoder") / "100_ckpt.pth.tar"
+    torch.save({"start_epoch": 100, "model": filled_state(small(), "module."), "optimizer": {}}, path)
+    return path
+
+
+def test_linear_evaluation(encoder_file, tmp_path, capsys):
+    result = evaluated(capsys, linear_eval, tmp_path, "--pretrained", encoder_file)
+    assert (result["protocol"], result["head"], result["lr"], result["epochs"]) == ("linear", "linear-bn", 0.2, 2)
+    assert result["sha256"] == hashlib.sha256(encoder_file.read_bytes()).hexdigest() and result["arch"] == "resnet18"
+    assert 0 <= result["top1"] <= result["top5"] <= 100
+    assert [line["step"] for line in steps(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert steps(tmp_path)[0]["lr"] == [0.2 * 20 / 256]  # scaled linearly with the batch
+    assert steps(tmp_path)[3]["lr"] == [pytest.approx(0.5 * 0.2 * 20 / 256)]  # cosine, half way
+    classifier = torch.load(tmp_path / "classifier.pth", weights_only=True)
+    assert classifier["state"]["0.weight"].shape == (10, 512) and "1.running_mean" in classifier["state"]
+
+
+def test_linear_evaluation_defaults_are_the_papers():
+    args = linear_eval.parse_args(["--pretrained", "x"])
+    assert (args.lr, args.epochs, args.batch_size, args.head, args.data) == ([0.2], 80, 256, "linear-bn", "imagenet")
+
+
+def test_several_learning_rates_are_chosen_on_held_out_training_images(tmp_path, capsys, monkeypatch):
+    seen = []
+    evaluate = linear_eval.evaluate
+    monkeypatch.setattr(linear_eval, "evaluate", lambda run, args, model, source, *what: (
+        seen.append(source), evaluate(run, args, model, source, *what))[1])
+    result = evaluated(capsys, linear_eval, tmp_path, *RANDOM, "--data", "shapes:100", "--lr", 0.001, 0.1, 0.2)
+    held_out, val = seen
+    assert sorted(linear_eval.labels_of(held_out)) == list(range(10)) and val.split == "val"
+    assert held_out.dataset.split == "train" and set(result["choice"]) == {"0.001", "0.1", "0.2"}
+    assert result["lr"] == float(max(result["choice"], key=result["choice"].get))
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["images"] == 90
+    one = evaluated(capsys, linear_eval, tmp_path / "one", *RANDOM, "--data", "shapes:100", "--lr", 0.1)
+    assert "choice" not in one and len(seen) == 3
+
+
+def test_linear_evaluation_resumes(tmp_path, capsys):
+    whole = evaluated(capsys, linear_eval, tmp_path / "whole", *RANDOM)
+    linear_eval_args = [*EVAL, *RANDOM, "--out", str(tmp_path / "parts")]
+    with pytest.raises(SystemExit) as caught:
+        linear_eval.main([*linear_eval_args, "--max-steps", "4"])
+    assert caught.value.code == 0 and len(steps(tmp_path / "parts")) == 4
+    assert evaluated(capsys, linear_eval, tmp_path / "parts", *RANDOM) == whole
+    logs = [[{key: line[key] for key in ("step", "lr", "loss")} for line in steps(tmp_path / name)]
+            for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+    states = [torch.load(tmp_path / name / "classifier.pth", weights_only=True)["state"] for name in ("whole", "parts")]
+    assert all(map(torch.equal, states[0].values(), states[1].values()))
+
+
+def test_a_frozen_encoder_that_moves_fails(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(linear_eval.Probe, "train", torch.nn.Module.train)  # batch norms in train mode
+    with pytest.raises(SystemExit) as caught:
+        evaluated(capsys, linear_eval, tmp_path, *RANDOM)
+    assert caught.value.code == 1 and "encoder has moved" in capsys.readouterr().err
+
+
+def test_the_frozen_check_sees_one_bit(tmp_path, capsys, monkeypatch):
+    fit = linear_eval.fit
+
+    def fit_and_nudge(*arguments):
+        model = fit(*arguments)
+        model.encoder.bn1.running_var[3] += 1e-7
+        return model
+
+    monkeypatch.setattr(linear_eval, "fit", fit_and_nudge)
+    with pytest.raises(SystemExit) as caught:
+        evaluated(capsys, linear_eval, tmp_path, *RANDOM)
+    assert caught.value.code == 1 and "1 tensors, first bn1.running_var" in capsys.readouterr().err
+
+
+def test_top_k_is_a_naive_count():
+    generator = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(50, 12, generator=generator), torch.randint(12, (50,), generator=generator)
+    first = five = 0
+    for row, label in zip(scores.tolist(), labels.tolist()):
+        rank = sum(score > row[label] for score in row)
+        first, five = first + (rank < 1), five + (rank < 5)
+    assert linear_eval.count_correct(scores, labels).tolist() == [first, five]
+    assert linear_eval.count_correct(scores[:, :3], labels % 3)[1] == 50  # fewer than five classes
+
+
+def test_knn_is_a_brute_force_loop():
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = (F.normalize(torch.randn(n, 8, generator=generator), dim=1) for n in (40, 15))
+    labels = torch.randint(4, (40,), generator=generator)
+    for k in (1, 20, 200):
+        found = linear_eval.knn_scores(queries, bank, labels, k, 4)
+        for query, votes in zip(queries.tolist(), found.tolist()):
+            cosines = [sum(a * b for a, b in zip(query, row)) for row in bank.tolist()]
+            expected = [0.0] * 4
+            for i in sorted(range(40), key=lambda i: -cosines[i])[:k]:
+                expected[labels[i]] += math.exp(cosines[i] / 0.07)
+            assert votes == pytest.approx(expected, rel=1e-3)
+
+
+def test_knn_evaluation(encoder_file, tmp_path, capsys):
+    result = evaluated(capsys, linear_eval, tmp_path, "--pretrained", encoder_file, "--knn")
+    assert result["protocol"] == "knn" and result["k"] == 20 and {"top1_k200", "top5_k200"} <= set(result)
+    assert 10 < result["top1"] <= result["top5"] <= 100
+
+
+@pytest.mark.parametrize("count, batch_size, world", [(10, 4, 1), (10, 4, 2), (7, 6, 3), (2, 8, 4)])
+def test_every_image_is_evaluated_once(count, batch_size, world):
+    args = SimpleNamespace(image_size=(32, 32), seed=0, batch_size=batch_size, workers=0)
+    seen = []
+    for rank in range(world):
+        run = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"))
+        seen += [labels for _, labels in linear_eval.batches_in_order(run, args, data.Shapes("val", count), "val")]
+    assert sorted(torch.cat(seen).tolist()) == list(range(count))  # fewer than ten: label = index
+    assert all(0 < len(labels) <= batch_size for labels in seen)
+
+
+def test_evaluation_on_two_ranks(encoder_file, tmp_path, capsys):
+    """kNN does not depend on the ranks: one and two give the same scores on all 1,000 images."""
+    flags = [*EVAL, "--pretrained", encoder_file, "--knn"]
+    one = evaluated(capsys, linear_eval, tmp_path / "one", *flags[len(EVAL):])
+    result = torchrun(2, "linear_eval.py", *flags, "--out", tmp_path / "two")
+    assert result.returncode == 0, result.stderr
+    two = json.loads(result.stdout.splitlines()[-1])
+    assert all(one[key] == pytest.approx(two[key], abs=0.11) for key in ("top1", "top5", "top1_k200", "top5_k200"))
+
+
+def test_semi_supervised_evaluation(tmp_path, capsys):
+    flags = [*RANDOM, "--data", "shapes:400", "--percent", 10]
+    result = evaluated(capsys, semi_eval, tmp_path / "drawn", *flags, "--head-lr", 0.3)
+    assert (result["protocol"], result["percent"], result["images"], result["batch_size"]) == ("semi", 10, 40, 20)
+    assert (result["lr"], result["head_lr"], result["epochs"]) == (0.05, 0.3, 2)
+    assert steps(tmp_path / "drawn")[0]["lr"] == [0.05, 0.3]
+    names = (tmp_path / "drawn" / "subset.txt").read_text().split()
+    assert len(set(names)) == 40 and all(sum(name.startswith(f"{label}_") for name in names) == 4
+                                         for label in data.Shapes.classes)
+    again = evaluated(capsys, semi_eval, tmp_path / "read", *flags, "--head-lr", 0.3,
+                      "--subset", tmp_path / "drawn" / "subset.txt")
+    assert again == result
+
+
+def test_semi_supervised_grid(tmp_path, capsys):
+    result = evaluated(capsys, semi_eval, tmp_path, *RANDOM, "--data", "shapes:400", "--percent", 10,
+                       "--lr", 0.01, 0.1, "--epochs", 1, 2, "--batch-size", 1024)
+    assert len(result["choice"]) == 4 and result["batch_size"] == 40  # clamped to the subset
+    assert f"lr {result['lr']:g}, {result['epochs']} epochs" == max(result["choice"], key=result["choice"].get)
+    header = json.loads((tmp_path / "lr0.1_epochs2" / "log.jsonl").read_text().splitlines()[0])
+    assert header["images"] == 30 and json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["images"] == 40
+
+
+def test_semi_supervised_resumes(tmp_path, capsys):
+    flags = [*RANDOM, "--data", "shapes:400", "--percent", 10]
+    whole = evaluated(capsys, semi_eval, tmp_path / "whole", *flags)
+    with pytest.raises(SystemExit):
+        semi_eval.main([*EVAL, *map(str, flags), "--out", str(tmp_path / "parts"), "--max-steps", "3"])
+    assert evaluated(capsys, semi_eval, tmp_path / "parts", *flags) == whole
+
+
+def test_subsets_and_lists(tmp_path):
+    source = data.Shapes("train", 1200)
+    drawn = semi_eval.draw_subset(source, 1, seed=0)
+    assert len(drawn) == 10 and sorted(index % 10 for index in drawn) == list(range(10))
+    assert len(semi_eval.draw_subset(source, 10, seed=0)) == 120 and drawn != semi_eval.draw_subset(source, 1, seed=1)
+    with pytest.raises(ValueError, match="no image for 10 classes, first disk-stripes"):
+        semi_eval.draw_subset(data.Shapes("train", 400), 0, seed=0)
+    for label in ("n01", "n02"):  # ImageNet's names carry the class
+        folder = tmp_path / "train" / label
+        images(folder, 3)
+        for path in folder.glob("*.png"):
+            path.rename(folder / f"{label}_{path.name}")
+    images(tmp_path / "train" / "plain", 2)
+    source = torchvision.datasets.ImageFolder(tmp_path / "train")
+    names = semi_eval.names_of(source)
+    assert names[:2] == ["n01_000.png", "n01_001.png"] and names[-1] == "plain_001.png"
+    listed = tmp_path / "list.txt"
+    listed.write_text("n02_001.png\nplain_000.png\nn01_002.png\n")
+    assert semi_eval.read_subset(listed, source) == [2, 4, 6]
+    listed.write_text("n01_002.png\nn09_1.JPEG\nn09_2.JPEG\n")
+    with pytest.raises(ValueError, match="2 of 3 names are not in the training images, first n09_1.JPEG, n09_2.JPEG"):
+        semi_eval.read_subset(listed, source)
+    listed.write_text("n01_002.png\n")
+    with pytest.raises(ValueError, match="no image for 2 classes, first n02"):
+        semi_eval.read_subset(listed, source)
+
+
+def test_bad_evaluation_input(encoder_file, tmp_path, capsys):
+    def refuse(match, *flags, script=linear_eval):
+        refused(capsys, *EVAL, "--out", tmp_path / "out", *flags, match=match, script=script)
+
+    refuse("resnet50 was asked for, but the file holds resnet18", "--pretrained", encoder_file, "--arch", "resnet50")
+    state = Encoder("resnet18").state_dict()
+    torch.save({key: value for key, value in state.items() if "layer4.0" not in key}, tmp_path / "part.pth")
+    refuse("missing layer4.0.conv1.weight", "--pretrained", tmp_path / "part.pth")
+    refuse("No such file", "--pretrained", tmp_path / "none.pth")
+    images(tmp_path / "set" / "train" / "cat", 3)
+    refuse("no folder val", *RANDOM, "--data", tmp_path / "set")
+    images(tmp_path / "set" / "val" / "dog", 3)
+    refuse("differ in classes .cat, dog", *RANDOM, "--data", tmp_path / "set")
+    refuse("up to 60", *RANDOM, "--batch-size", 100)
+    refuse("multiples of 32", *RANDOM, "--image-size", 40)
+    refuse("above 0", *RANDOM, "--lr", 0)
+    (tmp_path / "list.txt").write_text("n01440764_10026.JPEG\n")
+    refuse("1 of 1 names are not in the training images", *RANDOM, "--percent", 1, "--subset", tmp_path / "list.txt",
+           script=semi_eval)
+    refuse("no image for 10 classes", *RANDOM, "--percent", 1, script=semi_eval)  # 6 a class: 1 % is none
+    images(tmp_path / "set" / "val" / "cat", 1)
+    shutil.rmtree(tmp_path / "set" / "val" / "dog")
+    (tmp_path / "set" / "val" / "cat" / "000.png").write_bytes(b"")
+    with pytest.raises(SystemExit) as caught:
+        evaluated(capsys, linear_eval, tmp_path / "bad", *RANDOM, "--data", tmp_path / "set", "--batch-size", 3)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and "val cannot be scored" in error and "000.png" in error
+
+
+def test_evaluation_refuses_another_encoder_on_resume(tmp_path, capsys):
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        save_encoder(Encoder("resnet18"), tmp_path / f"{seed}.pth")
+    evaluated(capsys, linear_eval, tmp_path / "out", "--pretrained", tmp_path / "0.pth")
+    refused(capsys, *EVAL, "--out", tmp_path / "out", "--pretrained", tmp_path / "1.pth", match="sha256 was",
+            script=linear_eval)
+
+
+# ------------------------------------------------------------------------------------------------ long runs
+LONG = [*SMALL[:SMALL.index("--epochs")], "--workers", "1", "--log-every", "1", "--epochs", "6", "--save-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def long_reference(tmp_path_factory):
+    """An uninterrupted run of 24 steps."""
+    out = tmp_path_factory.mktemp("long")
+    train.main([*LONG, "--out", str(out)])
+    return out
+
+
+def start(out, *command, **options):
+    """Start train.py as a process of its own (or `command`), its output kept in files beside `out`."""
+    command = command or (sys.executable, "train.py", *LONG, "--out", str(out))
+    with open(f"{out}.err", "a") as err:
+        return subprocess.Popen([str(part) for part in command], cwd=HERE, stdout=err, stderr=err, **options)
+
+
+def wait_for_step(out, step, process, seconds=120):
+    """Wait until the log has this step."""
+    deadline = time.time() + seconds
+    while not (Path(out) / "log.jsonl").exists() or not any(line["step"] >= step for line in steps(out)):
+        assert process.poll() is None and time.time() < deadline, Path(f"{out}.err").read_text()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_the_run_with_a_checkpoint(number, long_reference, tmp_path):
+    process = start(tmp_path / "run")
+    wait_for_step(tmp_path / "run", 3, process)
+    process.send_signal(number)
+    assert process.wait(60) == 0
+    done = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["step"]
+    assert 3 <= done < 24 and steps(tmp_path / "run")[-1]["step"] == done
+    assert Path(f"{tmp_path / 'run'}.err").read_text().strip() == f"step {done} of 24: stopped, the same command goes on"
+    train.main([*LONG, "--out", str(tmp_path / "run")])
+    assert same_log(tmp_path / "run", long_reference) and same_encoder(tmp_path / "run", long_reference)
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    process = start(tmp_path / "run", sys.executable, "-c", "import sys, time, train; train.catch_signals(); print('up', "
+                    "flush=True); [time.sleep(0.1) for _ in range(600)]")
+    while "up" not in Path(f"{tmp_path / 'run'}.err").read_text():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 128 + signal.SIGTERM
+
+
+def ranks_of(process):
+    """The processes that torchrun started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def launcher(ranks, *flags):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, *flags, "train.py"]
+
+
+def test_a_signal_to_one_rank_stops_all(tmp_path):
+    process = start(tmp_path / "run", *launcher(2), *LONG, "--out", tmp_path / "run")
+    wait_for_step(tmp_path / "run", 2, process)
+    os.kill(ranks_of(process)[1], signal.SIGUSR1)
+    assert process.wait(60) == 0, Path(f"{tmp_path / 'run'}.err").read_text()
+    done = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["step"]
+    assert steps(tmp_path / "run")[-1]["step"] == done < 24
+    assert f"step {done} of 24: stopped" in Path(f"{tmp_path / 'run'}.err").read_text()
+
+
+def kill_and_resume(out, kills, reference, seed=0):
+    """kill -9 at random moments, start-up and checkpoint writes included, then let it finish; compare."""
+    random = np.random.RandomState(seed)
+    for kill in range(kills):
+        process = start(out)
+        if kill % 2:  # in or near the write of a checkpoint
+            deadline = time.time() + 60
+            while not list(Path(out).glob("*.tmp")) and process.poll() is None and time.time() < deadline:
+                time.sleep(0.001)
+            time.sleep(random.uniform(0, 0.15))
+        else:
+            time.sleep(random.uniform(0, 12))
+        process.kill()
+        process.wait()
+    process = start(out)
+    assert process.wait(180) == 0, Path(f"{out}.err").read_text()
+    assert same_log(out, reference) and same_encoder(out, reference)
+    assert not list(Path(out).glob("*.tmp"))
+
+
+def test_kill_9_loses_nothing(long_reference, tmp_path):
+    kill_and_resume(tmp_path / "run", 2, long_reference)
+
+
+@slow
+def test_twenty_kills_lose_nothing(long_reference, tmp_path):
+    kill_and_resume(tmp_path / "run", 20, long_reference)
+
+
+@slow
+def test_a_dead_rank_restarts_the_run(tmp_path):
+    for name in ("whole", "killed"):
+        process = start(tmp_path / name, *launcher(2, "--max-restarts", 3), *LONG, "--out", tmp_path / name)
+        if name == "killed":
+            wait_for_step(tmp_path / name, 5, process)
+            os.kill(ranks_of(process)[1], signal.SIGKILL)
+        assert process.wait(300) == 0, Path(f"{tmp_path / name}.err").read_text()
+    assert same_log(tmp_path / "killed", tmp_path / "whole") and same_encoder(tmp_path / "killed", tmp_path / "whole")
+
+
+@slow
+def test_fifty_starts_lose_no_step(tmp_path):
+    flags = [*SMALL, "--epochs", "13"]
+    train.main([*flags, "--out", str(tmp_path / "whole"), "--max-steps", "50"])
+    for step in range(1, 51):
+        train.main([*flags, "--out", str(tmp_path / "parts"), "--max-steps", str(step)])
+    assert [line["step"] for line in steps(tmp_path / "parts")] == list(range(1, 51))
+    assert same_log(tmp_path / "parts", tmp_path / "whole") and same_encoder(tmp_path / "parts", tmp_path / "whole")
+
+
+@slow
+def test_memory_is_flat(tmp_path):
+    """Resident memory of the main process and of a worker over 2,000 steps, from step 200 on: within 3 %."""
+    flags = [*SMALL[:SMALL.index("--epochs")], "--epochs", "500", "--workers", "1", "--log-every", "50", "--blocks", "1"]
+    process = start(tmp_path / "run", sys.executable, "train.py", *flags, "--out", tmp_path / "run")
+    resident = lambda pid: int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+    sizes = []
+    for step in (200, 800, 1400, 1950):
+        wait_for_step(tmp_path / "run", step, process, seconds=900)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        sizes.append((resident(process.pid), resident(workers[0])))
+    process.kill()
+    print("MiB, main and worker:", sizes)
+    for first, *later in zip(*sizes):
+        assert max(later) < 1.03 * first, sizes
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(reference, tmp_path, capsys, monkeypatch):
+    run(tmp_path, "--max-steps", 3)
+    good = (tmp_path / "last.pth").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.os, "fsync", full)
+        refused(capsys, *SMALL, "--out", tmp_path, code=2, match="No space left")  # the log cannot be opened
+        (tmp_path / "log.jsonl.tmp").unlink()
+    write_whole = train.write_whole
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_whole", lambda path, save: full() if "last" in str(path) else write_whole(path, save))
+        refused(capsys, *SMALL, "--out", tmp_path, code=1, match="cannot write to .*No space left.*previous checkpoint")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.json, "dumps", full)
+        refused(capsys, *SMALL, "--out", tmp_path, code=1, match="cannot write .*log.jsonl .*No space left")
+    assert (tmp_path / "last.pth").read_bytes() == good
+    (tmp_path / "last.pth.tmp").write_bytes(b"half a file")
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"step": 4, "loss')  # half a line
+    run(tmp_path)
+    assert same_log(tmp_path, reference) and same_encoder(tmp_path, reference)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_an_unwritable_directory(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    refused(capsys, *SMALL, "--out", tmp_path / "file" / "run", match="Not a directory")
+
+
+def test_a_directory_in_use_is_refused(tmp_path, capsys):
+    process = start(tmp_path / "run", sys.executable, "-c", f"import time, train; lock = train.open_run({str(tmp_path / 'run')!r}); "
+                    "print('up', flush=True); time.sleep(60)")
+    while "up" not in Path(f"{tmp_path / 'run'}.err").read_text():
+        time.sleep(0.05)
+    refused(capsys, *SMALL, "--out", tmp_path / "run", match="another process is running in this directory")
+    process.kill()
+    process.wait()
+    run(tmp_path / "run", "--max-steps", 1)
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_batches(reference, tmp_path):
+    """Four steps on two ranks, the rest on one: the same samples, so losses near those of one rank throughout."""
+    result = torchrun(2, "train.py", *SMALL, "--out", tmp_path, "--max-steps", 4)
+    assert result.returncode == 0, result.stderr
+    run(tmp_path, "--workers", 1)
+    assert [line["step"] for line in steps(tmp_path)] == list(range(1, 9))
+    for a, b in zip(steps(tmp_path), steps(reference)):
+        assert (a["lr"], a["tau"], a["epoch"]) == (b["lr"], b["tau"], b["epoch"])
+
+
+def test_hostile_images(tmp_path):
+    """Truncated, empty, not images, 1x1, very wide, decompression bombs: replaced or used, never a crash."""
+    photo(0).save(tmp_path / "0.png")
+    whole = (tmp_path / "0.png").read_bytes()
+    photo(1).save(tmp_path / "whole.jpg")
+    jpeg = (tmp_path / "whole.jpg").read_bytes()
+    broken = {"cut.png": whole[:100], "cut.jpg": jpeg[:-200], "empty.jpg": b"", "text.png": b"hello", "magic.png": whole[:8],
+              "noise.png": whole[:60] + bytes(range(200)) + whole[260:]}
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+    Image.new("L", (1, 1)).save(tmp_path / "one.png")
+    Image.new("RGB", (20_000, 3)).save(tmp_path / "wide.png")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    Image.new("CMYK", (20, 30)).save(tmp_path / "cmyk.jpg")
+    Image.new("P", (20, 30)).save(tmp_path / "palette.gif")
+    Image.new("I;16", (20, 30)).save(tmp_path / "deep.png")
+    files = data.ImageFiles(str(tmp_path))
+    stream = data.Stream(files, data.TwoViews((32, 32)), 0, len(files))
+    bad = set()
+    for n in range(len(files)):
+        (views, parameters), _, unreadable = stream[n]
+        assert views.shape == (2, 3, 32, 32) and torch.isfinite(data.augment(views, parameters)).all()
+        bad |= {Path(stream.name(index)).name for index in unreadable}
+    assert bad == {*broken, "bomb.png"}
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pth").write_bytes(pickle.dumps(Code(str(tmp_path / "ran")), protocol=2))
+    refused(capsys, *SMALL, "--out", tmp_path / "run", match="last.pth: .*more than tensors")
+    assert not (tmp_path / "ran").exists()

@@ -1,6 +1,6 @@
 """Pretrain an encoder with CARE.
 
-  torchrun --nproc_per_node 8 train.py --arch resnet50        the paper's 100-epoch run, ImageNet in ./imagenet
+  torchrun --nproc_per_node 8 train.py --arch resnet50        the paper's 100-epoch run on ./imagenet
   python train.py --data shapes --arch resnet18 --epochs 4    minutes on a CPU, no download
 
 The same command again resumes. Several nodes: torchrun's own flags. A run leaves in --out: last.pth (what
@@ -15,8 +15,10 @@ import math
 import os
 import resource
 import signal
+import statistics
 import sys
 import time
+import warnings
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,19 +26,22 @@ from pathlib import Path
 import numpy
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from care import ARCHS, CARE, METHODS, POSITIONS, TAPS, load_checkpoint, save_encoder, tau_at
-from data import Stream, StreamSampler, TwoViews, augment, collate, open_images
+from care import (ARCHS, CARE, METHODS, POSITIONS, TAPS, check_state, load_checkpoint, pool, save_encoder,
+                  tau_at)
+from data import Stream, StreamSampler, TwoViews, augment, collate, draw, open_images
 
 # What may differ when a run is resumed: speed, place and output, never the mathematics.
-FREE = ("data_root", "workers", "compile", "out", "save_every", "keep_epochs", "log_every", "max_steps")
-MODEL_ARGS = ("arch", "image_size", "method", "blocks", "heads", "position", "tap", "detach_trunk", "lambda_att",
-              "stem")
+FREE = ("data_root", "workers", "compile", "out", "save_every", "keep_epochs", "log_every", "max_steps",
+        "bench")
+MODEL_ARGS = "arch image_size method blocks heads position tap detach_trunk lambda_att stem".split()
 SIZES = {"cifar10": (32, "cifar"), "stl10": (96, "imagenet"), "shapes": (64, "imagenet")}  # pixels, stem
 
 
@@ -46,14 +51,12 @@ def parse_args(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add_data_arguments(add)
-    add("--augment", choices=("device", "worker"), default="device",
-        help="device: views batched on the device; worker: per image by torchvision, the reference")
-    add("--crop-min", type=float, default=0.08, help="smallest crop, share of the image's area (default 0.08)")
+    add("--augment", choices=("device", "worker"), default="device", help="batched, or per image (reference)")
+    add("--crop-min", type=float, default=0.08, help="smallest crop, share of the image (default 0.08)")
     add = parser.add_argument_group("method").add_argument
     add("--arch", choices=ARCHS, default="resnet50", help="encoder (Tables 1-3)")
     add("--stem", choices=("imagenet", "cifar"), help="cifar: 3x3, no max-pooling; default by --data")
-    add("--method", choices=METHODS, default="care", help="care: parallel streams; sequential: one stream, "
-        "through the transformer (Sec. 4.3); byol: C-stream only (Fig. 4)")
+    add("--method", choices=METHODS, default="care", help="two streams, one (Sec. 4.3), C alone (Fig. 4)")
     add("--lambda-att", type=float, default=100.0, help="lambda of Eq. (5), Table 6 (default 100)")
     add("--blocks", type=int, default=5, help="attention blocks n, Table 7 (default 5)")
     add("--heads", type=int, default=4, help="attention heads (default 4, the release's)")
@@ -72,8 +75,9 @@ def parse_args(argv=None):
     add = parser.add_argument_group("running").add_argument
     add_run_arguments(add)
     add("--compile", action="store_true", help="torch.compile both branches")
+    add("--bench", nargs="?", const="step", choices=("step", "data"), help="time a step or data loading")
     add("--save-every", type=int, default=1000, metavar="STEPS", help="between checkpoints (default 1000)")
-    add("--keep-epochs", type=int, default=0, metavar="N", help="keep every N-th epoch's checkpoint (default 0)")
+    add("--keep-epochs", type=int, default=0, metavar="N", help="keep each N-th epoch's checkpoint; 0: none")
     args = parser.parse_args(argv)
     args.tap = args.tap or ("conv5" if args.method == "sequential" else "conv4")
     set_size_and_stem(args)
@@ -98,18 +102,18 @@ def new_parser(doc):
 
 def add_data_arguments(add):
     """--data, --data-root, --image-size: for every script."""
-    add("--data", default="imagenet", metavar="PATH|shapes|cifar10|stl10", help="a folder with train/ and val/ "
-        "(to pretrain, any folder of images) or a named set; shapes:N has N training images")
+    add("--data", default="imagenet", metavar="PATH|shapes|cifar10|stl10", help="folder with train/ and val/ "
+        "(to pretrain: any folder of images) or a named set; shapes:N has N training images")
     add("--data-root", default="data", help="where cifar10 and stl10 are downloaded to (default data)")
-    add("--image-size", type=int, nargs="+", metavar="PX", help="one or two (height, width) multiples of 32, of "
-        "8 with --stem cifar; default 224, cifar10 32, stl10 96, shapes 64")
+    add("--image-size", type=int, nargs="+", metavar="PX", help="one or two (height, width) multiples of 32, "
+        "of 8 with --stem cifar; default 224, cifar10 32, stl10 96, shapes 64")
 
 
 def add_run_arguments(add):
     """--precision, --workers, --seed, --log-every, --max-steps, --out: for every script."""
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
         help="auto: bf16 on a GPU that has it, fp16 with a gradient scaler on others, fp32 on a CPU")
-    add("--workers", type=int, help="loading processes per rank (default: its share of cores, 8 at most; CPU 0)")
+    add("--workers", type=int, help="loading processes per rank (default: share of cores, at most 8; CPU 0)")
     add("--seed", type=int, default=0, help="fixes initial weights, order of samples and views (default 0)")
     add("--log-every", type=int, default=10, metavar="STEPS", help="between lines of log.jsonl (default 10)")
     add("--max-steps", type=int, metavar="N", help="stop with a checkpoint after step N; schedules unchanged")
@@ -154,13 +158,8 @@ def user_errors():
 
 # ---------------------------------------------------------------------------------------------- ranks
 def setup_ranks():
-    """Join the process group that torchrun's environment describes -> rank, world size, device.
-
-    NCCL when every local rank has its own GPU, else gloo with device local rank modulo GPUs, or the CPU. Tensors
-    on the CPU always go through gloo, so that agreeing on a flag does not wait for the device.
-    """
-    rank, world, local = (int(os.environ.get(name, default))
-                          for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """Join torchrun's process group (NCCL if each local rank has a GPU, else gloo) -> rank, world, device."""
+    rank, world, local = (int(os.getenv(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     gpus = torch.cuda.device_count()
     device = torch.device(f"cuda:{local % gpus}" if gpus else "cpu")
     if gpus:
@@ -168,17 +167,27 @@ def setup_ranks():
         torch.backends.cudnn.benchmark = True
     if world > 1:
         own_gpu = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")  # agree: on the CPU, no GPU wait
     return rank, world, device
 
 
 def agree(flag):
     """The largest of the ranks' integers; without torchrun, the integer itself."""
-    if not dist.is_initialized():
-        return int(flag)
     flag = torch.tensor(int(flag))
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    if dist.is_initialized():
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return int(flag)
+
+
+def parallelise(model, world, device):
+    """-> the model, its batch norms synchronised on GPUs, and what to call: itself, or DDP around it."""
+    if world == 1:
+        return model, model
+    if device.type == "cuda":  # release: the transformer's batch norms are per GPU. here: all synchronised
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch rename broadcast_buffers
+        return model, DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def set_precision(args, device):
@@ -195,15 +204,12 @@ def set_precision(args, device):
 
 # ---------------------------------------------------------------------------------------- run directory
 def open_run(out):
-    """Create and lock the run directory, remove what an interrupted write left. -> the lock; keep it.
-
-    A POSIX record lock belongs to this process alone: worker processes that outlive it do not hold it.
-    """
+    """Create and lock the run directory, remove what an interrupted write left. -> the lock; keep it."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / "lock", "w")
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # POSIX: workers that outlive us do not hold it
     except BlockingIOError:
         raise ValueError(f"--out {out}: another process is running in this directory") from None
     for leftover in out.glob("*.tmp"):
@@ -217,8 +223,9 @@ def load_run(out, args, free=FREE):
     if not path.exists():
         return None
     checkpoint = load_checkpoint(path)
-    if not isinstance(checkpoint, dict) or "args" not in checkpoint:
-        raise ValueError(f"{path}: not a checkpoint of this script; choose another --out")
+    missing = {"args", "model", "optimizer", "scaler", "step", "unreadable"} - set(checkpoint)
+    if missing:
+        raise ValueError(f"{path}: not a checkpoint of this script, without {', '.join(sorted(missing))}")
     then, now = checkpoint["args"], vars(args)
     names = [name for name in sorted({*then, *now} - {*free}) if then.get(name) != now.get(name)]
     if names:
@@ -254,24 +261,23 @@ def open_log(path, step, header):
 
 
 def write_line(log, fields):
-    """Append one JSON line."""
-    log.write(json.dumps(fields) + "\n")
-    log.flush()
+    """Append one JSON line; exit code 1 when the disk refuses."""
+    try:
+        log.write(json.dumps(fields) + "\n")
+        log.flush()
+    except OSError as error:
+        fail(f"cannot write {log.name} ({error}); the last checkpoint is still there", code=1)
 
 
 def versions(world, device):
     """What a log's first line says about the machine."""
-    threads = f"CPU, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
-    return {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": numpy.__version__,
-            "world_size": world, "device": name}
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    return dict(torch=torch.__version__, torchvision=torchvision.__version__, numpy=numpy.__version__,
+                world_size=world, device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu)
 
 
 def catch_signals():
-    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and a clean end after the step; a second ends at once.
-
-    -> a list that is empty until a signal came.
-    """
+    """-> a list, empty until SIGTERM, SIGINT or SIGUSR1 asks to save and stop; a second one ends at once."""
     received = []
 
     def handler(number, frame):
@@ -316,7 +322,7 @@ class Unreadable:
         for index in batch[2]:
             if index not in self.known:
                 self.known.add(index)
-                print(f"warning: cannot read {self.dataset.name(index)}, taking the next image", file=sys.stderr)
+                print(f"warning: cannot read {self.dataset.name(index)}, taking the next", file=sys.stderr)
         return batch
 
     def count(self):
@@ -349,10 +355,7 @@ def make_views(batch, device, mode):
 
 
 def pretrain_step(model, optimizer, scaler, autocast, pairs, accum_steps, lr, tau):
-    """One optimiser step and one momentum update over `accum_steps` pairs of views. -> meters, on the device.
-
-    model: CARE, bare or in DistributedDataParallel. Losses are summed over both view orders, stds averaged.
-    """
+    """One optimiser and momentum step on pairs of views -> losses, summed over both orders, and mean stds."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
@@ -394,10 +397,7 @@ def weights_finite(model):
 
 
 def save_files(out, **writers):
-    """Write NAME.pth by `writers[NAME](buffer)` from rank 0, each file whole or not at all.
-
-    When the disk refuses, every rank stops with exit code 1 and the earlier files stay.
-    """
+    """Rank 0 writes NAME.pth by `writers[NAME](buffer)`, whole or not at all. If it cannot, all exit: 1."""
     error = None
     try:
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -409,6 +409,106 @@ def save_files(out, **writers):
         fail(f"cannot write to {out} ({error}); the previous checkpoint is still there", code=1)
 
 
+# ----------------------------------------------------------------------------------------------- bench
+def median_time(step, device, repeats=5):
+    """Median seconds of `step()` after one warm-up run, and its floating-point operations."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    seconds = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), counter.get_total_flops()
+
+
+def synchronize(device):
+    """Wait for a GPU; the CPU is never ahead."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bench_step(args, autocast, scaler, device):
+    """One line of JSON: the speed of a step on synthetic crops, by part, beside a supervised step."""
+    with user_errors():
+        model = CARE(**{name: getattr(args, name) for name in MODEL_ARGS})
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0,
+                                momentum=args.momentum, weight_decay=args.weight_decay)
+    if args.compile:
+        model.online.compile()
+        model.momentum.compile()
+    size = tuple(args.image_size)
+    crops = torch.randint(0, 256, (args.batch_size, 2, 3, *size), dtype=torch.uint8, device=device)
+    parameters = torch.tensor([[draw(size, 1.0, 0.0), draw(size, 0.1, 0.2)] for _ in range(args.batch_size)])
+    x1, _ = make_views([(crops, parameters)], device, "device")
+    labels = torch.randint(0, 1000, (args.batch_size,), device=device)
+    classifier = nn.Linear(model.online.encoder.dim5, 1000).to(device)
+    weights = [*model.online.encoder.parameters(), *classifier.parameters()]
+    supervised = torch.optim.SGD(weights, lr=1e-4, momentum=0.9)
+    marks = []
+
+    def mark(following):
+        synchronize(device)
+        marks.append((following, time.perf_counter()))
+
+    def care_step():
+        mark("views")
+        pairs = [make_views([(crops, parameters)], device, "device")]
+        pretrain_step(model, optimizer, scaler, autocast, pairs, 1, lr=1e-4, tau=0.99)
+        mark("between steps")
+
+    def supervised_step():
+        supervised.zero_grad(set_to_none=True)
+        with autocast:
+            loss = F.cross_entropy(classifier(pool(model.online.encoder(x1)[1])).float(), labels)
+        scaler.scale(loss).backward()
+        scaler.step(supervised)
+        scaler.update()
+
+    seconds, flops = median_time(care_step, device)
+    memory = memory_gib(device)
+    reference_seconds, reference_flops = median_time(supervised_step, device)
+    model.register_forward_pre_hook(lambda *_: mark("online forward"))
+    model.momentum.register_forward_pre_hook(lambda *_: mark("momentum forward"))
+    model.momentum.register_forward_hook(lambda *_: mark("online forward"))
+    model.register_forward_hook(lambda *_: mark("backward"))
+    optimizer.register_step_pre_hook(lambda *_: mark("optimiser"))
+    optimizer.register_step_post_hook(lambda *_: mark("EMA"))
+    marks.clear()
+    for _ in range(5):
+        care_step()
+    parts = {}
+    for (name, start), (_, end) in zip(marks, marks[1:]):
+        parts[name] = parts.get(name, 0) + 1000 * (end - start) / 5
+    parts.pop("between steps")
+    print(json.dumps({
+        "arch": args.arch, "batch_size": args.batch_size, "image_size": size, "precision": args.precision,
+        **versions(1, device), "pairs/s": args.batch_size / seconds, "memory_gib": memory, "ms": parts,
+        "tflop": flops / 1e12, "supervised images/s": args.batch_size / reference_seconds,
+        "supervised tflop": reference_flops / 1e12,
+        "efficiency": (flops / seconds) / (reference_flops / reference_seconds)}))
+
+
+def bench_data(args, device):
+    """One line of JSON: pairs per second and worker that the input pipeline delivers, by --augment."""
+    with user_errors():
+        source = open_images(args.data, "pretrain", args.data_root, max(args.image_size))
+    workers, rates = max(1, args.workers), {}
+    for mode in ("worker", "device"):
+        dataset = Stream(source, TwoViews(args.image_size, mode, args.crop_min), args.seed, len(source))
+        batches = iter(load_batches(dataset, StreamSampler(0, 60, 16), workers, device))
+        for _ in range(4 * workers):
+            next(batches)
+        start, count = time.perf_counter(), 0
+        for batch in batches:
+            count += len(batch[1])
+        rates[mode] = count / (time.perf_counter() - start) / workers
+    print(json.dumps({"data": args.data, "workers": workers, "pairs/s per worker": rates}))
+
+
 # ------------------------------------------------------------------------------------------------ main
 def main(argv=None):
     args = parse_args(argv)
@@ -416,6 +516,9 @@ def main(argv=None):
     rank, world, device = setup_ranks()
     autocast, scaler = set_precision(args, device)
     default_workers(args, device)
+    if args.bench:
+        bench_data(args, device) if args.bench == "data" else bench_step(args, autocast, scaler, device)
+        return
     if args.batch_size % (world * args.accum_steps) or args.batch_size < 2 * world * args.accum_steps:
         fail(f"--batch-size {args.batch_size}: must be a multiple of {world} ranks x {args.accum_steps} "
              "accumulation steps, with at least 2 images for each")
@@ -429,18 +532,19 @@ def main(argv=None):
         source = open_images(args.data, "pretrain", args.data_root, max(args.image_size))
         if len(source) < args.batch_size:
             raise ValueError(f"{args.data}: {len(source)} images, fewer than --batch-size {args.batch_size}")
-        checkpoint = load_run(args.out, args)
+        checkpoint = load_run(args.out, args) or {}
         torch.manual_seed(args.seed)
         model_args = {name: getattr(args, name) for name in MODEL_ARGS}
         model = CARE(**model_args).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0,
                                 momentum=args.momentum, weight_decay=args.weight_decay)
-    start = 0
     if checkpoint:
+        with user_errors():
+            check_state(Path(args.out) / "last.pth", checkpoint["model"], model.state_dict())
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        start = checkpoint["step"]
+    start = checkpoint.get("step", 0)
     steps_per_epoch = len(source) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
@@ -448,28 +552,24 @@ def main(argv=None):
     views = TwoViews(args.image_size, args.augment, args.crop_min)
     dataset = Stream(source, views, args.seed, steps_per_epoch * args.batch_size)
     sampler = StreamSampler(start, stop, args.batch_size, rank, world, args.accum_steps)
-    unreadable = Unreadable(dataset, checkpoint["unreadable"] if checkpoint else ())
+    unreadable = Unreadable(dataset, checkpoint.get("unreadable", ()))
 
     if args.compile:
         model.online.compile()
         model.momentum.compile()
-    parallel = model
-    if world > 1:
-        if device.type == "cuda":  # release: all but the transformer's batch norms are synchronised. here: all
-            model = parallel = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    model, parallel = parallelise(model, world, device)
     header = {"args": vars(args), "images": len(source), "steps": total_steps, **versions(world, device)}
-    log = open_log(Path(args.out) / "log.jsonl", start, header) if rank == 0 else None
+    with user_errors():
+        log = open_log(Path(args.out) / "log.jsonl", start, header) if rank == 0 else None
     bar = tqdm(total=stop, initial=start, unit="step", disable=None if rank == 0 else True)
 
     # the loop: views, two half steps, optimiser, momentum update, log, save
-    batches = iter(load_batches(dataset, sampler, args.workers, device))
+    batches = map(unreadable.note, load_batches(dataset, sampler, args.workers, device))
     logged_at, logged_step, done, stopped = time.time(), start, start, False
     for step in range(start, stop):
         lr = lr_at(step, total_steps, warmup_steps, args.base_lr * args.batch_size / 256)
         tau = tau_at(step + 1, total_steps, args.tau_base)
-        step_batches = (unreadable.note(batch) for batch in islice(batches, args.accum_steps))
-        pairs = (make_views(batch, device, args.augment) for batch in step_batches)
+        pairs = (make_views(batch, device, args.augment) for batch in islice(batches, args.accum_steps))
         meters = pretrain_step(parallel, optimizer, scaler, autocast, pairs, args.accum_steps, lr, tau)
         bar.update()
 

@@ -33,7 +33,7 @@ from care import ARCHS, CARE, Encoder, check_state, load_checkpoint, load_encode
 from data import ImageFiles, normalize, open_images
 from train import fail, new_parser, user_errors, write_whole
 
-CELL, GAP, BAR, TOP = 192, 8, 60, 22  # pixels: longer side of an image, between images, colour bar, titles
+CELL, GAP, BAR, TOP = 160, 8, 60, 22  # pixels: longer side of an image, between images, colour bar, titles
 ANCHORS = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # black to yellow
 CHANNELS = [np.interp(np.linspace(0, 4, 256), range(5), channel) for channel in zip(*ANCHORS)]
 COLOURS = np.stack(CHANNELS, axis=1).astype(np.uint8)  # (256, 3), ever lighter
@@ -145,7 +145,7 @@ def read_log(run):
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
         steps = [line for line in lines if isinstance(line.get("loss"), float) and "step" in line]
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not a log of train.py ({error})") from None
     if not steps:
         raise ValueError(f"{path}: no logged steps of train.py in it")
@@ -244,7 +244,7 @@ def draw_row(image, groups, query=None):
         top = max(float(heat.max()) for _, heat in group)
         for title, heat in group:
             row.paste(overlay(image, heat, top), (x, TOP))
-            draw.text((x, 2), title[:26], "black", font)
+            draw.text((x, 2), title[:22], "black", font)
             x += CELL + GAP
         row.paste(Image.fromarray(COLOURS[::-1, None]).resize((12, height - TOP - GAP)), (x, TOP))
         draw.text((x + 16, TOP), f"{top:.3g}", "black", font)
@@ -326,7 +326,8 @@ def main(argv=None):
     if args.curves or args.images != ["shapes"] or not args.samples:
         return
     results = score(args, encoders)
-    print(f"{'percent inside the object':32}{'maximum':>10}{'map':>10}{'chance: its area':>20}")
+    print(f"{args.samples} shapes at {args.image_size} px, {args.layer}: percent inside the object")
+    print(f"{'':32}{'maximum':>10}{'map':>10}{'chance: its area':>20}")
     for one, row in zip(encoders, results):
         print(f"{one.title[:30]:32}{row['pointing']:10.1f}{row['energy']:10.1f}{row['area']:20.1f}")
     text = "".join(json.dumps(row) + "\n" for row in results)
