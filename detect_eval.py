@@ -142,7 +142,7 @@ class Scenes(Shapes):
         canvas, level = self.ground(rng)
         places, labels, masks = [], [], []
         for _ in range(rng.randint(2, 10)):
-            radius = rng.uniform(0.15, 0.25)
+            radius = rng.uniform(0.12, 0.22)
             y, x = rng.uniform(radius, 1 - radius, 2)
             if any(math.hypot(y - v, x - u) < 0.8 * (radius + other) for v, u, other in places):
                 continue

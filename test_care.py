@@ -1,4 +1,5 @@
 """Tests: `pytest -q`. No network and no GPU needed; without a GPU, what only a GPU shows is skipped."""
+import contextlib
 import hashlib
 import json
 import math
@@ -23,16 +24,20 @@ import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter
+from torch import nn
 from torchvision import transforms
 
 import care
 import data
+import detect_eval
 import linear_eval
 import semi_eval
 import train
+import visualize
 from care import CARE, Encoder, MultiHeadSelfAttention, PositionEncoding, load_encoder, save_encoder
 
 HERE = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # without a configuration file, pytest does not know the mark
@@ -984,7 +989,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "last.pth").read_bytes() == good
 
 
-# --------------------------------------------------------------------------------- linear_eval.py, semi_eval.py
+# ------------------------------------------------------------------------- linear_eval.py, semi_eval.py
 EVAL = ["--data", "shapes:60", "--image-size", "32", "--batch-size", "20", "--epochs", "2", "--workers", "0",
         "--log-every", "1"]
 RANDOM = ["--pretrained", "random", "--arch", "resnet18"]
@@ -1006,8 +1011,9 @@ def encoder_file(tmp_path_factory):
 
 def test_linear_evaluation(encoder_file, tmp_path, capsys):
     result = evaluated(capsys, linear_eval, tmp_path, "--pretrained", encoder_file)
-    assert (result["protocol"], result["head"], result["lr"], result["epochs"]) == ("linear", "linear-bn", 0.2, 2)
-    assert result["sha256"] == hashlib.sha256(encoder_file.read_bytes()).hexdigest() and result["arch"] == "resnet18"
+    assert [result[key] for key in ("protocol", "head", "lr", "epochs")] == ["linear", "linear-bn", 0.2, 2]
+    assert result["sha256"] == hashlib.sha256(encoder_file.read_bytes()).hexdigest()
+    assert result["arch"] == "resnet18"
     assert 0 <= result["top1"] <= result["top5"] <= 100
     assert [line["step"] for line in steps(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert steps(tmp_path)[0]["lr"] == [0.2 * 20 / 256]  # scaled linearly with the batch
@@ -1018,7 +1024,8 @@ def test_linear_evaluation(encoder_file, tmp_path, capsys):
 
 def test_linear_evaluation_defaults_are_the_papers():
     args = linear_eval.parse_args(["--pretrained", "x"])
-    assert (args.lr, args.epochs, args.batch_size, args.head, args.data) == ([0.2], 80, 256, "linear-bn", "imagenet")
+    assert (args.lr, args.epochs, args.batch_size) == ([0.2], 80, 256)
+    assert (args.head, args.data) == ("linear-bn", "imagenet")
 
 
 def test_several_learning_rates_are_chosen_on_held_out_training_images(tmp_path, capsys, monkeypatch):
@@ -1026,13 +1033,14 @@ def test_several_learning_rates_are_chosen_on_held_out_training_images(tmp_path,
     evaluate = linear_eval.evaluate
     monkeypatch.setattr(linear_eval, "evaluate", lambda run, args, model, source, *what: (
         seen.append(source), evaluate(run, args, model, source, *what))[1])
-    result = evaluated(capsys, linear_eval, tmp_path, *RANDOM, "--data", "shapes:100", "--lr", 0.001, 0.1, 0.2)
+    hundred = [*RANDOM, "--data", "shapes:100"]
+    result = evaluated(capsys, linear_eval, tmp_path, *hundred, "--lr", 0.001, 0.1, 0.2)
     held_out, val = seen
     assert sorted(linear_eval.labels_of(held_out)) == list(range(10)) and val.split == "val"
     assert held_out.dataset.split == "train" and set(result["choice"]) == {"0.001", "0.1", "0.2"}
     assert result["lr"] == float(max(result["choice"], key=result["choice"].get))
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["images"] == 90
-    one = evaluated(capsys, linear_eval, tmp_path / "one", *RANDOM, "--data", "shapes:100", "--lr", 0.1)
+    one = evaluated(capsys, linear_eval, tmp_path / "one", *hundred, "--lr", 0.1)
     assert "choice" not in one and len(seen) == 3
 
 
@@ -1046,8 +1054,9 @@ def test_linear_evaluation_resumes(tmp_path, capsys):
     logs = [[{key: line[key] for key in ("step", "lr", "loss")} for line in steps(tmp_path / name)]
             for name in ("whole", "parts")]
     assert logs[0] == logs[1]
-    states = [torch.load(tmp_path / name / "classifier.pth", weights_only=True)["state"] for name in ("whole", "parts")]
-    assert all(map(torch.equal, states[0].values(), states[1].values()))
+    a, b = (torch.load(tmp_path / name / "classifier.pth", weights_only=True)["state"]
+            for name in ("whole", "parts"))
+    assert all(map(torch.equal, a.values(), b.values()))
 
 
 def test_a_frozen_encoder_that_moves_fails(tmp_path, capsys, monkeypatch):
@@ -1108,7 +1117,8 @@ def test_every_image_is_evaluated_once(count, batch_size, world):
     seen = []
     for rank in range(world):
         run = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"))
-        seen += [labels for _, labels in linear_eval.batches_in_order(run, args, data.Shapes("val", count), "val")]
+        source = data.Shapes("val", count)
+        seen += [labels for _, labels in linear_eval.batches_in_order(run, args, source, "val")]
     assert sorted(torch.cat(seen).tolist()) == list(range(count))  # fewer than ten: label = index
     assert all(0 < len(labels) <= batch_size for labels in seen)
 
@@ -1120,13 +1130,14 @@ def test_evaluation_on_two_ranks(encoder_file, tmp_path, capsys):
     result = torchrun(2, "linear_eval.py", *flags, "--out", tmp_path / "two")
     assert result.returncode == 0, result.stderr
     two = json.loads(result.stdout.splitlines()[-1])
-    assert all(one[key] == pytest.approx(two[key], abs=0.11) for key in ("top1", "top5", "top1_k200", "top5_k200"))
+    for key in ("top1", "top5", "top1_k200", "top5_k200"):
+        assert one[key] == pytest.approx(two[key], abs=0.11)
 
 
 def test_semi_supervised_evaluation(tmp_path, capsys):
     flags = [*RANDOM, "--data", "shapes:400", "--percent", 10]
     result = evaluated(capsys, semi_eval, tmp_path / "drawn", *flags, "--head-lr", 0.3)
-    assert (result["protocol"], result["percent"], result["images"], result["batch_size"]) == ("semi", 10, 40, 20)
+    assert [result[key] for key in ("protocol", "percent", "images", "batch_size")] == ["semi", 10, 40, 20]
     assert (result["lr"], result["head_lr"], result["epochs"]) == (0.05, 0.3, 2)
     assert steps(tmp_path / "drawn")[0]["lr"] == [0.05, 0.3]
     names = (tmp_path / "drawn" / "subset.txt").read_text().split()
@@ -1141,9 +1152,11 @@ def test_semi_supervised_grid(tmp_path, capsys):
     result = evaluated(capsys, semi_eval, tmp_path, *RANDOM, "--data", "shapes:400", "--percent", 10,
                        "--lr", 0.01, 0.1, "--epochs", 1, 2, "--batch-size", 1024)
     assert len(result["choice"]) == 4 and result["batch_size"] == 40  # clamped to the subset
-    assert f"lr {result['lr']:g}, {result['epochs']} epochs" == max(result["choice"], key=result["choice"].get)
-    header = json.loads((tmp_path / "lr0.1_epochs2" / "log.jsonl").read_text().splitlines()[0])
-    assert header["images"] == 30 and json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["images"] == 40
+    best = max(result["choice"], key=result["choice"].get)
+    assert best == f"lr {result['lr']:g}, {result['epochs']} epochs"
+    headers = [json.loads((folder / "log.jsonl").read_text().splitlines()[0])
+               for folder in (tmp_path / "lr0.1_epochs2", tmp_path)]
+    assert [header["images"] for header in headers] == [30, 40]
 
 
 def test_semi_supervised_resumes(tmp_path, capsys):
@@ -1158,7 +1171,8 @@ def test_subsets_and_lists(tmp_path):
     source = data.Shapes("train", 1200)
     drawn = semi_eval.draw_subset(source, 1, seed=0)
     assert len(drawn) == 10 and sorted(index % 10 for index in drawn) == list(range(10))
-    assert len(semi_eval.draw_subset(source, 10, seed=0)) == 120 and drawn != semi_eval.draw_subset(source, 1, seed=1)
+    assert drawn != semi_eval.draw_subset(source, 1, seed=1)
+    assert len(semi_eval.draw_subset(source, 10, seed=0)) == 120
     with pytest.raises(ValueError, match="no image for 10 classes, first disk-stripes"):
         semi_eval.draw_subset(data.Shapes("train", 400), 0, seed=0)
     for label in ("n01", "n02"):  # ImageNet's names carry the class
@@ -1174,7 +1188,7 @@ def test_subsets_and_lists(tmp_path):
     listed.write_text("n02_001.png\nplain_000.png\nn01_002.png\n")
     assert semi_eval.read_subset(listed, source) == [2, 4, 6]
     listed.write_text("n01_002.png\nn09_1.JPEG\nn09_2.JPEG\n")
-    with pytest.raises(ValueError, match="2 of 3 names are not in the training images, first n09_1.JPEG, n09_2.JPEG"):
+    with pytest.raises(ValueError, match="2 of 3 names are not in .*, first n09_1.JPEG, n09_2.JPEG"):
         semi_eval.read_subset(listed, source)
     listed.write_text("n01_002.png\n")
     with pytest.raises(ValueError, match="no image for 2 classes, first n02"):
@@ -1185,7 +1199,7 @@ def test_bad_evaluation_input(encoder_file, tmp_path, capsys):
     def refuse(match, *flags, script=linear_eval):
         refused(capsys, *EVAL, "--out", tmp_path / "out", *flags, match=match, script=script)
 
-    refuse("resnet50 was asked for, but the file holds resnet18", "--pretrained", encoder_file, "--arch", "resnet50")
+    refuse("resnet50 was asked for", "--pretrained", encoder_file, "--arch", "resnet50")
     state = Encoder("resnet18").state_dict()
     torch.save({key: value for key, value in state.items() if "layer4.0" not in key}, tmp_path / "part.pth")
     refuse("missing layer4.0.conv1.weight", "--pretrained", tmp_path / "part.pth")
@@ -1198,14 +1212,15 @@ def test_bad_evaluation_input(encoder_file, tmp_path, capsys):
     refuse("multiples of 32", *RANDOM, "--image-size", 40)
     refuse("above 0", *RANDOM, "--lr", 0)
     (tmp_path / "list.txt").write_text("n01440764_10026.JPEG\n")
-    refuse("1 of 1 names are not in the training images", *RANDOM, "--percent", 1, "--subset", tmp_path / "list.txt",
-           script=semi_eval)
+    flags = [*RANDOM, "--percent", 1]
+    refuse("1 of 1 names are not in", *flags, "--subset", tmp_path / "list.txt", script=semi_eval)
     refuse("no image for 10 classes", *RANDOM, "--percent", 1, script=semi_eval)  # 6 a class: 1 % is none
     images(tmp_path / "set" / "val" / "cat", 1)
     shutil.rmtree(tmp_path / "set" / "val" / "dog")
     (tmp_path / "set" / "val" / "cat" / "000.png").write_bytes(b"")
     with pytest.raises(SystemExit) as caught:
-        evaluated(capsys, linear_eval, tmp_path / "bad", *RANDOM, "--data", tmp_path / "set", "--batch-size", 3)
+        flags = [*RANDOM, "--data", tmp_path / "set", "--batch-size", 2]
+        evaluated(capsys, linear_eval, tmp_path / "bad", *flags)
     error = capsys.readouterr().err
     assert caught.value.code == 2 and "val cannot be scored" in error and "000.png" in error
 
@@ -1220,7 +1235,7 @@ def test_evaluation_refuses_another_encoder_on_resume(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------ long runs
-LONG = [*SMALL[:SMALL.index("--epochs")], "--workers", "1", "--log-every", "1", "--epochs", "6", "--save-every", "2"]
+LONG = [*SMALL, "--workers", "1", "--epochs", "6", "--save-every", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -1254,14 +1269,16 @@ def test_a_signal_ends_the_run_with_a_checkpoint(number, long_reference, tmp_pat
     assert process.wait(60) == 0
     done = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["step"]
     assert 3 <= done < 24 and steps(tmp_path / "run")[-1]["step"] == done
-    assert Path(f"{tmp_path / 'run'}.err").read_text().strip() == f"step {done} of 24: stopped, the same command goes on"
+    said = Path(f"{tmp_path / 'run'}.err").read_text().strip()
+    assert said == f"step {done} of 24: stopped, the same command goes on"
     train.main([*LONG, "--out", str(tmp_path / "run")])
     assert same_log(tmp_path / "run", long_reference) and same_encoder(tmp_path / "run", long_reference)
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
-    process = start(tmp_path / "run", sys.executable, "-c", "import sys, time, train; train.catch_signals(); print('up', "
-                    "flush=True); [time.sleep(0.1) for _ in range(600)]")
+    code = "import time, train; train.catch_signals(); print('up', flush=True); "\
+           "[time.sleep(0.1) for _ in range(600)]"
+    process = start(tmp_path / "run", sys.executable, "-c", code)
     while "up" not in Path(f"{tmp_path / 'run'}.err").read_text():
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -1278,7 +1295,8 @@ def ranks_of(process):
 
 
 def launcher(ranks, *flags):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, *flags, "train.py"]
+    run_module = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*run_module, "--nproc_per_node", ranks, *flags, "train.py"]
 
 
 def test_a_signal_to_one_rank_stops_all(tmp_path):
@@ -1328,7 +1346,8 @@ def test_a_dead_rank_restarts_the_run(tmp_path):
             wait_for_step(tmp_path / name, 5, process)
             os.kill(ranks_of(process)[1], signal.SIGKILL)
         assert process.wait(300) == 0, Path(f"{tmp_path / name}.err").read_text()
-    assert same_log(tmp_path / "killed", tmp_path / "whole") and same_encoder(tmp_path / "killed", tmp_path / "whole")
+    assert same_log(tmp_path / "killed", tmp_path / "whole")
+    assert same_encoder(tmp_path / "killed", tmp_path / "whole")
 
 
 @slow
@@ -1338,15 +1357,19 @@ def test_fifty_starts_lose_no_step(tmp_path):
     for step in range(1, 51):
         train.main([*flags, "--out", str(tmp_path / "parts"), "--max-steps", str(step)])
     assert [line["step"] for line in steps(tmp_path / "parts")] == list(range(1, 51))
-    assert same_log(tmp_path / "parts", tmp_path / "whole") and same_encoder(tmp_path / "parts", tmp_path / "whole")
+    assert same_log(tmp_path / "parts", tmp_path / "whole")
+    assert same_encoder(tmp_path / "parts", tmp_path / "whole")
 
 
 @slow
 def test_memory_is_flat(tmp_path):
     """Resident memory of the main process and of a worker over 2,000 steps, from step 200 on: within 3 %."""
-    flags = [*SMALL[:SMALL.index("--epochs")], "--epochs", "500", "--workers", "1", "--log-every", "50", "--blocks", "1"]
+    flags = [*SMALL, "--epochs", "500", "--workers", "1", "--log-every", "50", "--blocks", "1"]
     process = start(tmp_path / "run", sys.executable, "train.py", *flags, "--out", tmp_path / "run")
-    resident = lambda pid: int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+
+    def resident(pid):
+        return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+
     sizes = []
     for step in (200, 800, 1400, 1950):
         wait_for_step(tmp_path / "run", step, process, seconds=900)
@@ -1371,8 +1394,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(reference, tmp_path, capsys, mon
         (tmp_path / "log.jsonl.tmp").unlink()
     write_whole = train.write_whole
     with monkeypatch.context() as patch:
-        patch.setattr(train, "write_whole", lambda path, save: full() if "last" in str(path) else write_whole(path, save))
-        refused(capsys, *SMALL, "--out", tmp_path, code=1, match="cannot write to .*No space left.*previous checkpoint")
+        patch.setattr(train, "write_whole",
+                      lambda path, save: full() if path.stem == "last" else write_whole(path, save))
+        refused(capsys, *SMALL, "--out", tmp_path, code=1, match="cannot write to .*No space left")
     with monkeypatch.context() as patch:
         patch.setattr(train.json, "dumps", full)
         refused(capsys, *SMALL, "--out", tmp_path, code=1, match="cannot write .*log.jsonl .*No space left")
@@ -1391,8 +1415,9 @@ def test_an_unwritable_directory(tmp_path, capsys):
 
 
 def test_a_directory_in_use_is_refused(tmp_path, capsys):
-    process = start(tmp_path / "run", sys.executable, "-c", f"import time, train; lock = train.open_run({str(tmp_path / 'run')!r}); "
-                    "print('up', flush=True); time.sleep(60)")
+    code = (f"import time, train; lock = train.open_run({str(tmp_path / 'run')!r}); print('up', flush=True); "
+            "time.sleep(60)")
+    process = start(tmp_path / "run", sys.executable, "-c", code)
     while "up" not in Path(f"{tmp_path / 'run'}.err").read_text():
         time.sleep(0.05)
     refused(capsys, *SMALL, "--out", tmp_path / "run", match="another process is running in this directory")
@@ -1402,7 +1427,7 @@ def test_a_directory_in_use_is_refused(tmp_path, capsys):
 
 
 def test_another_number_of_ranks_goes_on_with_the_same_batches(reference, tmp_path):
-    """Four steps on two ranks, the rest on one: the same samples, so losses near those of one rank throughout."""
+    """Four steps on two ranks, the rest on one: the same schedule and the same global batches."""
     result = torchrun(2, "train.py", *SMALL, "--out", tmp_path, "--max-steps", 4)
     assert result.returncode == 0, result.stderr
     run(tmp_path, "--workers", 1)
@@ -1417,8 +1442,8 @@ def test_hostile_images(tmp_path):
     whole = (tmp_path / "0.png").read_bytes()
     photo(1).save(tmp_path / "whole.jpg")
     jpeg = (tmp_path / "whole.jpg").read_bytes()
-    broken = {"cut.png": whole[:100], "cut.jpg": jpeg[:-200], "empty.jpg": b"", "text.png": b"hello", "magic.png": whole[:8],
-              "noise.png": whole[:60] + bytes(range(200)) + whole[260:]}
+    broken = {"cut.png": whole[:100], "cut.jpg": jpeg[:-200], "empty.jpg": b"", "text.png": b"hello",
+              "magic.png": whole[:8], "noise.png": whole[:60] + bytes(range(200)) + whole[260:]}
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
     Image.new("L", (1, 1)).save(tmp_path / "one.png")
@@ -1442,3 +1467,919 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, capsys):
     (tmp_path / "run" / "last.pth").write_bytes(pickle.dumps(Code(str(tmp_path / "ran")), protocol=2))
     refused(capsys, *SMALL, "--out", tmp_path / "run", match="last.pth: .*more than tensors")
     assert not (tmp_path / "ran").exists()
+
+
+# ------------------------------------------------------------------------------------------ visualize.py
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with the files of a small run: encoder.pth, last.pth, log.jsonl, and a classifier.pth."""
+    out = tmp_path_factory.mktemp("figures") / "small"
+    out.mkdir()
+    torch.manual_seed(3)
+    settings = dict(arch="resnet18", image_size=[64, 96], method="care", blocks=2, hidden_dim=16, out_dim=8)
+    model = CARE(**settings)
+    save_encoder(model.online.encoder, out / "encoder.pth")
+    torch.save({"model": model.state_dict(), "model_args": settings, "step": 1}, out / "last.pth")
+    head = nn.Sequential(nn.Linear(512, 4), nn.BatchNorm1d(4))
+    head[1].running_mean.normal_()
+    sha256 = visualize.hashlib.sha256((out / "encoder.pth").read_bytes()).hexdigest()
+    torch.save({"head": "linear-bn", "classes": list("abcd"), "sha256": sha256, "state": head.state_dict()},
+               out / "classifier.pth")
+    steps = [{"step": 10 * i, "epoch": i, "lr": 0.1 / i, "tau": 0.99, "loss": 8.0 / i, "loss_c": 2.0 / i,
+              "loss_t": 2.0, "loss_att": 0.01, "std_c": 0.9, "std_t": 0.8} for i in range(1, 5)]
+    lines = [json.dumps(line) for line in [{"args": {}}, *steps]]
+    (out / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 50, "lo')  # as a killed run leaves it
+    return out
+
+
+def small_encoder(stem="imagenet"):
+    torch.manual_seed(0)
+    return Encoder("resnet18", stem).double().eval()
+
+
+def pictures(count=2, size=64):
+    return torch.randn(count, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def refused_figure(capsys, *flags, match=""):
+    """Exit code 2 and one line on stderr."""
+    with pytest.raises(SystemExit) as caught:
+        visualize.main([str(flag) for flag in flags])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and match in error, error
+
+
+@pytest.mark.parametrize("layer", ["conv4", "conv5"])
+def test_similarity_map_is_direct_grad_cam(layer):
+    encoder, x = small_encoder(), pictures()
+    x[1] *= 3
+    heat, classes = visualize.gradcam(encoder, x, layer)
+    at = ("conv4", "conv5").index(layer)
+    for i in range(2):  # one image at a time: a map does not depend on its batch
+        with torch.no_grad():
+            other = encoder(x[i:i + 1].flip(3))[at].mean((2, 3))[0]
+            A = encoder(x[i:i + 1])[at][0]  # (C, H, W)
+        A.requires_grad_()
+        z = A.mean((1, 2))
+        similarity = z @ (other / other.norm()) / z.norm().detach()
+        similarity.backward()
+        raw = (A.grad.mean((1, 2))[:, None, None] * A).sum(0) * A[0].numel()  # the paper's mean, times H*W
+        assert torch.allclose(heat[i], raw.relu(), rtol=1e-9, atol=0)
+        cosine = F.cosine_similarity(A.mean((1, 2)), other, dim=0)
+        assert math.isclose(raw.mean().item(), cosine.item(), rel_tol=1e-9)
+        closed = torch.einsum("chw,c->hw", A, other / other.norm()) / z.norm()
+        assert torch.allclose(heat[i], closed.relu(), rtol=1e-9, atol=0)
+    assert classes is None and heat.shape == (2, 2 * (2 - at), 2 * (2 - at)) and not heat.requires_grad
+    assert (heat >= 0).all() and heat.max() > 0
+
+
+@pytest.mark.parametrize("layer", ["conv4", "conv5"])
+def test_class_map_is_direct_grad_cam(layer):
+    encoder, x = small_encoder(), pictures()
+    torch.manual_seed(2)
+    head = nn.Sequential(nn.Linear(512, 5), nn.BatchNorm1d(5)).double().eval()
+    head[1].running_var.uniform_(0.5, 2)
+    seen = {}
+
+    def watch(module, inputs, output):  # through the whole network, with hooks
+        output.retain_grad()
+        seen["A"] = output
+
+    handle = dict(conv4=encoder.layer3, conv5=encoder.layer4)[layer].register_forward_hook(watch)
+    for label in (None, 3):
+        for i in range(2):
+            scores = head(encoder(x[i:i + 1])[1].mean((2, 3)))[0]
+            wanted = scores.argmax().item() if label is None else label
+            scores[wanted].backward()
+            A = seen["A"]
+            raw = (A.grad.mean((2, 3), keepdim=True) * A).sum(1)[0] * A[0, 0].numel()
+            if layer == "conv5":  # the mean is the score without its bias
+                shift = head[1](head[0].bias[None])[0, wanted]
+                assert math.isclose(raw.mean().item(), (scores[wanted] - shift).item(), rel_tol=1e-6)
+            A = A.detach()
+            handle.remove()
+            heat, classes = visualize.gradcam(encoder, x, layer, head, label)
+            handle = dict(conv4=encoder.layer3, conv5=encoder.layer4)[layer].register_forward_hook(watch)
+            assert (classes[i] == wanted
+                    and torch.allclose(heat[i], raw.detach().relu(), rtol=1e-9, atol=1e-15))
+
+
+def test_a_dead_encoder_gives_zero_maps():
+    encoder = small_encoder().requires_grad_(False)
+    for value in encoder.state_dict().values():
+        value.zero_()
+    heat, _ = visualize.gradcam(encoder, pictures(), "conv5")
+    assert torch.equal(heat, torch.zeros(2, 2, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(method="sequential"), dict(tap="conv5", position="sincos"),
+])
+def test_attention_maps_are_the_transformers(settings):
+    torch.manual_seed(0)
+    model = CARE(arch="resnet18", image_size=(64, 96), blocks=2, hidden_dim=16, out_dim=8, **settings)
+    model = model.double().eval()
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    y, x_at = 0.7, 0.2
+    maps = visualize.attention_maps(model, x, (y, x_at))
+    first = (4, 6) if not settings else (2, 3)
+    assert [tuple(heat.shape) for heat in maps] == [(2, *first), (2, 2, 3)]
+    assert not any(block.attention._forward_pre_hooks for block in model.online.transformer)
+    with torch.no_grad():
+        tapped = model.online.encoder(x)[0 if not settings else 1]
+        for block, heat in zip(model.online.transformer, maps):
+            inside = F.relu(block.norm1(block.mlp1(tapped)))
+            H, W = inside.shape[2:]
+            q, k, v = block.attention.qkv(inside)
+            place = math.floor(y * H) * W + math.floor(x_at * W)
+            row = block.attention.attention(q, k)[:, :, place]  # (B, h, N)
+            assert torch.allclose(heat.flatten(1), row.mean(1) * H * W)
+            assert torch.allclose(heat.mean((1, 2)), torch.ones(2, dtype=torch.float64))
+            tapped = block(tapped)
+    # the far edge is a position too
+    assert visualize.attention_maps(model, x, (1.0, 1.0))[0].isfinite().all()
+
+
+def test_colours_keep_their_order_in_gray():
+    gray = visualize.COLOURS @ np.array([0.299, 0.587, 0.114])
+    assert (visualize.COLOURS.shape == (256, 3) and (np.diff(gray) > 0).all()
+            and gray[0] < 5 and gray[-1] > 235)
+
+
+def test_maps_of_a_row_share_one_scale():
+    image = Image.new("RGB", (50, 40), "black")
+    maps = [torch.full((2, 2), value) for value in (1.0, 2.0, 4.0)]
+    groups = [[(str(i), heat) for i, heat in enumerate(maps)], [("attention", maps[0])]]
+    row = visualize.draw_row(image, groups)
+    C, G, T, B = visualize.CELL, visualize.GAP, visualize.TOP, visualize.BAR
+    assert row.size == (G + 5 * (C + G) + 2 * B, T + round(C * 40 / 50) + G)
+    lefts = [G + (C + G) * (1 + i) for i in range(3)] + [G + 4 * (C + G) + B]
+    found = [np.array(row.getpixel((left + C // 2, T + 60))) for left in lefts]
+    # of a quarter, a half, all; a group has a scale of its own
+    for colour, level in zip(found, (64, 128, 255, 255)):
+        assert np.abs(colour - 0.6 * visualize.COLOURS[level]).max() <= 1
+
+
+def test_overlay_lies_bilinearly_over_the_whole_image():
+    heat = torch.zeros(2, 2)
+    heat[0, 1] = 1.0
+    drawn = np.asarray(visualize.overlay(Image.new("RGB", (120, 60), "black"), heat, 1.0)).sum(2)
+    assert drawn.shape == (60, 120) and drawn[0, -1] == drawn.max() and drawn[-1, 0] == drawn.min()
+    middle = drawn[0, 30:90].astype(int)
+    assert (np.diff(middle) >= 0).all() and len(set(middle)) > 20  # a ramp, not a step
+    white = visualize.overlay(Image.new("RGB", (120, 60), "white"), torch.zeros(2, 2), 0.0)
+    # zeros: the darkest colour, no division by 0
+    assert white.getpixel((5, 5)) == pytest.approx((102, 102, 104), abs=1)
+
+
+def test_measures_on_maps_with_known_answers():
+    mask = np.zeros((4, 4), bool)
+    mask[:2, :2] = True
+    heat = np.zeros((4, 4))
+    heat[0, 0], heat[3, 3] = 3.0, 1.0
+    assert visualize.measure(heat, mask) == (1.0, 0.75, 0.25)
+    assert visualize.measure(heat.T[::-1, ::-1], mask) == (0.0, 0.25, 0.25)
+    assert visualize.measure(np.ones((4, 4)), mask) == (0.25, 0.25, 0.25)
+    assert visualize.measure(np.zeros((4, 4)), mask) == (0.25, 0.25, 0.25)  # says nothing: scores as chance
+    heat[3, 3] = 3.0
+    assert visualize.measure(heat, mask) == (0.5, 0.5, 0.25)
+
+
+def test_scores_average_over_the_validation_shapes(monkeypatch):
+    args = visualize.parse_args("--pretrained random --image-size 64 --samples 4".split())
+    args.device = torch.device("cpu")
+    source = data.open_images("shapes", "val", size=64)
+    masks = [source.render(i)[3] for i in range(4)]
+    answers = iter([heat for mask in masks for heat in (torch.ones(64, 64), torch.tensor(mask).float())])
+    monkeypatch.setattr(visualize, "gradcam", lambda *_: (next(answers)[None], None))
+    one = visualize.load(args, "random", None)
+    uniform, perfect = visualize.score(args, [one, one])
+    area = 100 * np.mean(masks)
+    assert uniform["pointing"] == pytest.approx(area) and uniform["energy"] == pytest.approx(area)
+    assert (perfect["pointing"], perfect["energy"]) == (100, 100) and perfect["area"] == pytest.approx(area)
+    assert (perfect["samples"], perfect["image_size"], perfect["layer"]) == (4, 64, "conv5")
+
+
+def photo_of_every_mode(folder):
+    """The same upright 90 x 60 picture, red on the left and blue on the right, or its gray, in every mode."""
+    rgb = np.zeros((60, 90, 3), np.uint8)
+    rgb[:, :45], rgb[:, 45:] = (200, 0, 0), (0, 0, 200)
+    image = Image.fromarray(rgb)
+    image.save(folder / "rgb.png")
+    image.convert("L").save(folder / "gray.png")
+    image.quantize(4).save(folder / "palette.png")
+    image.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+    image.convert("1").save(folder / "bilevel.png")
+    image.convert("LA").save(folder / "grayalpha.png")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(folder / "gray16.png")
+    clear = image.convert("RGBA")
+    clear.paste((0, 0, 0, 0), (0, 0, 90, 10))
+    clear.save(folder / "rgba.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    image.rotate(90, expand=True).save(folder / "turned.jpg", quality=95, exif=exif)
+    image.resize((500, 1)).save(folder / "line.png")
+    image.resize((1, 1)).save(folder / "pixel.png")
+    return image
+
+
+def test_images_of_every_mode_and_size(tmp_path):
+    image = photo_of_every_mode(tmp_path)
+    for name in ("rgb.png", "palette.png", "cmyk.jpg", "turned.jpg"):
+        found = visualize.read_image(tmp_path / name)
+        assert found.mode == "RGB" and found.size == (90, 60), name
+        assert found.getpixel((10, 30)) == pytest.approx((200, 0, 0), abs=12), name
+        assert found.getpixel((80, 30)) == pytest.approx((0, 0, 200), abs=12), name
+    for name in ("gray.png", "grayalpha.png", "gray16.png"):
+        found = visualize.read_image(tmp_path / name)
+        assert found.mode == "RGB" and np.array_equal(found, image.convert("L").convert("RGB")), name
+    every_level = np.arange(256, dtype=np.uint16)[None]
+    Image.fromarray(every_level * 257).save(tmp_path / "levels.png")
+    assert np.array_equal(np.asarray(visualize.read_image(tmp_path / "levels.png"))[..., 0], every_level)
+    (tmp_path / "levels.png").unlink()
+    clear = visualize.read_image(tmp_path / "rgba.png")
+    assert clear.getpixel((10, 5)) == (255, 255, 255) and clear.getpixel((10, 30)) == (200, 0, 0)
+    visualize.main(["--pretrained", "random", "--arch", "resnet18", "--image-size", "64",
+                    "--images", str(tmp_path), "--out", str(tmp_path / "out" / "all.png")])
+    figure = Image.open(tmp_path / "out" / "all.png")
+    figure.load()
+    C, G, T = visualize.CELL, visualize.GAP, visualize.TOP
+    heights = [C] + [40] + [round(C * 60 / 90)] * 9  # one pixel, one line, the others
+    assert figure.size == (G + 2 * (C + G) + visualize.BAR, sum(heights) + 11 * (T + G))
+
+
+def test_attention_figure_and_scores(trained, tmp_path, capsys):
+    flags = ["--pretrained", "random", trained / "encoder.pth", "--arch", "resnet18", "--image-size", "64"]
+    visualize.main([str(flag) for flag in [*flags, "--samples", 3, "--out", tmp_path / "a.png"]])
+    lines = capsys.readouterr().out.splitlines()
+    results = [json.loads(line) for line in lines[-2:]]
+    assert [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()] == results
+    assert [row["encoder"] for row in results] == ["random", str(trained / "encoder.pth")]
+    for row, shown in zip(results, lines[-4:-2]):
+        assert (f"{row['pointing']:.1f}" in shown and f"{row['energy']:.1f}" in shown
+                and f"{row['area']:.1f}" in shown)
+        assert all(0 <= row[name] <= 100 for name in ("pointing", "energy", "area"))
+    assert results[0] != results[1] and lines[-3].startswith("small ")
+    C, G, T = visualize.CELL, visualize.GAP, visualize.TOP
+    figure = Image.open(tmp_path / "a.png")
+    figure.load()
+    assert figure.size == (G + 3 * (C + G) + visualize.BAR, 5 * (T + C + G)) and figure.mode == "RGB"
+
+
+def test_load_takes_every_weight_from_the_files(trained):
+    flags = ["--pretrained", trained / "last.pth", "--t-stream"]
+    args = visualize.parse_args([str(flag) for flag in flags])
+    args.device = torch.device("cpu")
+    one = visualize.load(args, trained / "last.pth", None)
+    saved = torch.load(trained / "last.pth")["model"]
+    assert all(torch.equal(value, saved[key]) for key, value in one.model.state_dict().items())
+    assert all(torch.equal(value, saved[f"online.encoder.{key}"])
+               for key, value in one.encoder.state_dict().items())
+    args.t_stream = False
+    one = visualize.load(args, trained / "encoder.pth", trained / "classifier.pth")
+    saved = torch.load(trained / "classifier.pth")["state"]
+    assert all(torch.equal(value, saved[key]) for key, value in one.head.state_dict().items())
+    assert (not one.head.training and not one.encoder.training
+            and one.classes == list("abcd") and one.title == "small")
+    first, second = (visualize.load(args, "random", None) for _ in range(2))
+    assert (torch.equal(first.encoder.conv1.weight, second.encoder.conv1.weight)
+            and first.encoder.arch == "resnet50")
+
+
+def test_class_and_t_stream_figures(trained, tmp_path, capsys):
+    common = ["--image-size", "64", "--samples", "0", "--out", str(tmp_path / "a.png")]
+    visualize.main(["--pretrained", str(trained / "encoder.pth"), "--target", "class", "--layer", "conv4",
+                    "--classifier", str(trained / "classifier.pth"), "--class", "3", *common])
+    visualize.main(["--pretrained", str(trained / "last.pth"), "--t-stream",
+                    "--query", "0.2", "0.9", *common])
+    C, G = visualize.CELL, visualize.GAP
+    figure = Image.open(tmp_path / "a.png")
+    figure.load()
+    assert figure.width == G + 4 * (C + G) + 2 * visualize.BAR  # image, map, bar, two blocks, bar
+    left, top = round(G + 0.9 * (C - 1)), round(visualize.TOP + 0.2 * (C - 1))
+    assert figure.getpixel((left, top)) == (255, 0, 0)
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_curves(trained, tmp_path):
+    byol = tmp_path / "byol.jsonl"
+    byol.write_text('{"args": {}}\n{"step": 20, "lr": 0.1, "loss": 4.0, "loss_c": 4.0, "std_c": NaN}\n')
+    visualize.main(["--curves", str(trained), str(byol), "--out", str(tmp_path / "c.png")])
+    figure = Image.open(tmp_path / "c.png")
+    figure.load()
+    assert figure.size == (720, 2 * 18 + 4 + 7 * 180)
+    pixels = np.asarray(figure)
+    first, second = ((pixels == colour).all(2) for colour in visualize.RUN_COLOURS[:2])
+    for panel in range(7):  # the second run has the panels loss, loss_c and lr; its std_c is not a number
+        rows = slice(40 + 180 * panel, 220 + 180 * panel)
+        assert first[rows].any() and second[rows].any() == (panel in (0, 1, 6))
+    x, y = 80 + 620 * 10 // 40, 40 + 30  # step 10 of 40, loss 8: the largest
+    assert first[y - 2:y + 3, x - 2:x + 3].any()
+    x, y = 700, 40 + 150  # step 40, loss 2: the smallest
+    assert first[y - 2:y + 3, x - 2:x + 3].any()
+    visualize.main(["--curves", str(byol), "--out", str(tmp_path / "c.png")])
+    assert Image.open(tmp_path / "c.png").size == (720, 18 + 4 + 4 * 180)
+
+
+@pytest.mark.parametrize("flags, match", [
+    ("", "either --pretrained"), ("--pretrained random --curves runs", "either --pretrained"),
+    ("--pretrained random --image-size 50", "multiple of 32"),
+    ("--pretrained random --image-size 0", "multiple of 32"),
+    ("--pretrained random --query 0.5 2", "--query"), ("--pretrained random --samples -1", "--samples"),
+    ("--pretrained random --samples 1001", "--samples"), ("--pretrained random --out a.jpg", ".png"),
+    ("--pretrained random --target class", "--classifier"), ("--pretrained random --class 1", "--class"),
+    ("--pretrained random --layer conv3", "conv3"), ("--pretrained random --t-stream", "has no transformer"),
+    ("--pretrained {run}/encoder.pth --t-stream", "has no transformer"),
+    ("--pretrained {run}/no.pth", "no.pth"),
+    ("--pretrained {run}/encoder.pth --arch resnet50", "resnet50"),
+    ("--pretrained {run}/log.jsonl", "log.jsonl"),
+    ("--pretrained random --target class --classifier {run}/classifier.pth", "not a classifier"),
+    ("--pretrained {run}/encoder.pth --target class --classifier {run}/encoder.pth", "not a classifier"),
+    ("--pretrained {run}/encoder.pth --target class --classifier {run}/classifier.pth --class 4", "0 to 3"),
+    ("--pretrained {run}/encoder.pth {run}/encoder.pth --target class --classifier {run}/classifier.pth",
+     "one --cl"),
+    ("--pretrained random --images {run}/no.png", "no.png"),
+    ("--pretrained random --images {run}/log.jsonl", "image"),
+    ("--pretrained random --images {run}", "no images"), ("--curves {run}/no", "no"),
+    ("--curves {run}/encoder.pth", "encoder.pth"), ("--curves {empty}", "no logged steps"),
+])
+def test_bad_figure_arguments(flags, match, trained, tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text('{"args": {}}\n[1, 2]\n')
+    flags = flags.format(run=trained, empty=tmp_path).split()
+    flags += [] if "resnet50" in flags or "encoder.pth" in "".join(flags) else ["--arch", "resnet18"]
+    flags = flags if "--out" in flags else [*flags, "--out", str(tmp_path / "a.png")]
+    refused_figure(capsys, *flags, match=match)
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_byol_has_no_t_stream(tmp_path, capsys):
+    settings = dict(arch="resnet18", image_size=64, method="byol", hidden_dim=16, out_dim=8)
+    torch.save({"model": CARE(**settings).state_dict(), "model_args": settings}, tmp_path / "last.pth")
+    refused_figure(capsys, "--pretrained", tmp_path / "last.pth", "--t-stream", match="has no transformer")
+
+
+def test_importing_visualize_imports_no_evaluation():
+    code = ("import sys, visualize; "
+            "print(*[m for m in ('linear_eval', 'semi_eval', 'matplotlib') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=train.__file__.rpartition("/")[0])
+    assert done.returncode == 0 and done.stdout.strip() == ""
+
+
+# ------------------------------------------------------------------------------------- detect_eval.py
+PROTOCOLS = ("voc-c4", "coco-c4", "coco-fpn")
+DETECT = ["--pretrained", "random", "--arch", "resnet18", "--min-size", "64", "--rois", "4",
+          "--batch-size", "2", "--workers", "0", "--log-every", "1", "--lr", "0.002"]
+
+
+def detector(protocol, classes=10, size=64, rois=8):
+    torch.manual_seed(0)
+    return detect_eval.new_detector(care.Encoder("resnet18"), protocol, classes, [size], rois)
+
+
+def scenes(count, split="train"):
+    return detect_eval.Scenes(split, count, 128)
+
+
+def batch(source, count=2):
+    pairs = [detect_eval.as_tensors(source[index][0]) for index in range(count)]
+    return [image for image, _ in pairs], [target for _, target in pairs]
+
+
+def voc_tree(root, shade=100):
+    """VOC2007 and VOC2012 of tiny images: a difficult object, an object with parts, an image without
+    objects."""
+    def thing(name, box, difficult="0", part=""):
+        sides = "".join(f"<{side}>{value}</{side}>"
+                        for side, value in zip(("xmin", "ymin", "xmax", "ymax"), box))
+        return (f"<object><name>{name}</name><difficult>{difficult}</difficult>"
+                f"<bndbox>{sides}</bndbox>{part}</object>")
+
+    part = ("<part><name>head</name>"
+            "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>4</xmax><ymax>4</ymax></bndbox></part>")
+    objects = {"000001": thing("person", (11, 6, 30, 25), part=part) + thing("dog", (31, 11, 50, 40), "1"),
+               "000002": "", "000003": thing("aeroplane", (1, 1, 60, 48)),
+               "000004": thing("cat", (5, 5, 40, 40))}
+    for year, names in (("2007", objects), ("2012", ("000003", "000004"))):
+        folder = root / "VOCdevkit" / f"VOC{year}"
+        for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+            (folder / name).mkdir(parents=True)
+        for name in names:
+            Image.new("RGB", (60, 48), (shade, 50, 20)).save(folder / "JPEGImages" / f"{name}.jpg")
+            text = f"<annotation><filename>{name}.jpg</filename>{objects[name]}</annotation>"
+            (folder / "Annotations" / f"{name}.xml").write_text(text)
+        listed = "000001\n000002\n" if year == "2007" else "000003\n000004\n"
+        (folder / "ImageSets/Main/trainval.txt").write_text(listed)
+    (root / "VOCdevkit/VOC2007/ImageSets/Main/test.txt").write_text("000001\n000002\n000003\n")
+    return root
+
+
+def coco_tree(root):
+    """COCO 2017 of three tiny images: polygons, a crowd as run lengths, an empty image, one with a crowd
+    only."""
+    square = lambda x, y, side: [[x, y, x + side, y, x + side, y + side, x, y + side]]
+    things = [dict(id=1, image_id=7, category_id=90, bbox=[10, 8, 20, 20], iscrowd=0,
+                   segmentation=square(10, 8, 20)),
+              dict(id=2, image_id=7, category_id=3, bbox=[40, 20, 10, 10], iscrowd=0,
+                   segmentation=square(40, 20, 10)),
+              dict(id=3, image_id=7, category_id=3, bbox=[32, 0, 28, 16], iscrowd=1,
+                   segmentation={"size": [48, 60], "counts": [48 * 32] + [16, 32] * 28}),
+              dict(id=4, image_id=7, category_id=3, bbox=[5, 5, 0, 4], iscrowd=0,
+                   segmentation=square(5, 5, 1)),
+              dict(id=5, image_id=9, category_id=3, bbox=[0, 0, 30, 30], iscrowd=1,
+                   segmentation={"size": [48, 60], "counts": [0] + [30, 18] * 30 + [48 * 30]}),
+              dict(id=6, image_id=12, category_id=3, bbox=[4, 4, 30, 30], iscrowd=0,
+                   segmentation=square(4, 4, 30))]
+    sizes = [dict(id=number, file_name=f"{number:012}.jpg", height=48, width=60) for number in (12, 7, 8, 9)]
+    content = {"images": sizes,
+               "annotations": [one | {"area": one["bbox"][2] * one["bbox"][3]} for one in things],
+               "categories": [{"id": 90, "name": "toothbrush"}, {"id": 3, "name": "car"}]}
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (root / f"{split}2017").mkdir()
+        for one in sizes:
+            Image.new("RGB", (60, 48), (90, 90, one["id"])).save(root / f"{split}2017" / one["file_name"])
+        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+    return root
+
+
+def evaluate(model, source, protocol):
+    args = SimpleNamespace(protocol=protocol, batch_size=2, seed=0, workers=0)
+    return detect_eval.evaluate(model, source, args, 0, 1, CPU, contextlib.nullcontext())
+
+
+class Oracle(nn.Module):
+    """Answers with the ground truth of the images in order, less crowds, its boxes shifted by a part of
+    their size."""
+
+    def __init__(self, source, shift=0.0, crowd=False):
+        super().__init__()
+        self.targets = iter([source[index][0][1] for index in range(len(source))])
+        self.shift, self.crowd = shift, crowd
+
+    def forward(self, images):
+        found = []
+        for _ in images:
+            target = next(self.targets)
+            target = {name: value[target["crowd"] == self.crowd] for name, value in target.items()}
+            sides = (target["boxes"][:, 2:] - target["boxes"][:, :2]).repeat(1, 2)
+            one = {"boxes": target["boxes"] + self.shift * sides, "labels": target["labels"],
+                   "scores": torch.linspace(0.9, 0.5, len(sides))}
+            if "masks" in target:
+                one["masks"] = target["masks"][:, None] * 0.9
+            found.append(one)
+        return found
+
+
+@pytest.mark.parametrize("protocol", ["voc-c4", "coco-c4"])
+def test_c4_detectors(protocol):
+    encoder = care.Encoder("resnet18")
+    model = detect_eval.new_detector(encoder, protocol, 3, [64])
+    heads = model.roi_heads
+    assert model.backbone(torch.randn(2, 3, 64, 96)).shape == (2, 256, 4, 6)  # stride 16
+    assert model.backbone[0] is encoder.conv1 and model.backbone[6] is encoder.layer3
+    conv5, norm = heads.box_head
+    assert conv5 is encoder.layer4 and isinstance(norm, nn.BatchNorm2d) and norm.num_features == 512
+    pooled = heads.box_roi_pool({"0": torch.randn(1, 256, 4, 6)}, [torch.tensor([[0.0, 0, 40, 40]])],
+                                [(64, 96)])
+    assert pooled.shape == (1, 256, 14, 14)
+    maps = heads.box_head(torch.randn(5, 256, 14, 14))
+    assert maps.shape == (5, 512, 7, 7)
+    assert torch.allclose(maps.mean((0, 2, 3)), torch.zeros(512), atol=1e-5)  # the norm comes last
+    assert [tuple(out.shape) for out in heads.box_predictor(maps)] == [(5, 4), (5, 16)]
+    assert heads.has_mask() == (protocol == "coco-c4")
+    if protocol == "coco-c4":
+        assert heads.mask_head is heads.box_head and heads.mask_predictor(maps).shape == (5, 4, 14, 14)
+
+
+def test_fpn_detector():
+    encoder = care.Encoder("resnet18")
+    model = detect_eval.new_detector(encoder, "coco-fpn", 3, [800])
+    assert model.backbone.body.conv1 is encoder.conv1 and model.backbone.body.layer4 is encoder.layer4
+    shapes = [tuple(level.shape) for level in model.backbone(torch.randn(1, 3, 64, 64)).values()]
+    assert shapes == [(1, 256, side, side) for side in (16, 8, 4, 2, 1)]
+    for part in (model.backbone.fpn.inner_blocks, model.backbone.fpn.layer_blocks, model.roi_heads.mask_head):
+        assert sum(isinstance(module, nn.BatchNorm2d) for module in part.modules()) == 4
+    maps = model.roi_heads.mask_head(torch.randn(2, 256, 14, 14))
+    assert model.roi_heads.mask_predictor(maps).shape == (2, 4, 28, 28)
+    assert list(map(list, model.rpn.anchor_generator.sizes)) == [[32], [64], [128], [256], [512]]
+    half = detect_eval.new_detector(care.Encoder("resnet18"), "coco-c4", 3, [300, 400])
+    assert list(map(list, half.rpn.anchor_generator.sizes)) == [[16, 32, 64, 128, 256]]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_every_layer_and_batch_norm_of_a_detector_trains_once_a_step(protocol):
+    model = detector(protocol).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = model(*batch(scenes(2)))
+    assert ("loss_mask" in losses) == (protocol != "voc-c4")
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad and parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    norms = [module for module in model.modules() if "BatchNorm" in type(module).__name__]
+    assert len(norms) == {"voc-c4": 21, "coco-c4": 21, "coco-fpn": 20 + 8 + 4}[protocol]
+    for module in norms:
+        assert isinstance(module, nn.BatchNorm2d) and module.num_batches_tracked == 1
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert len([name for name in moved if "mask_head" not in name]) >= 3 * (len(norms) - 4)
+
+
+def test_masks_of_c4_train_on_the_maps_of_their_own_regions():
+    model = detector("coco-c4").train()
+    seen = {}
+    model.roi_heads.box_head.register_forward_hook(lambda module, inputs, out: seen.update(maps=out))
+    model.roi_heads.mask_predictor.register_forward_hook(
+        lambda module, inputs, out: seen.update(mask=inputs[0]))
+    select = model.roi_heads.select_training_samples
+    model.roi_heads.select_training_samples = lambda *inputs: seen.setdefault("samples", select(*inputs))
+    model(*batch(scenes(2)))
+    labels = torch.cat(seen["samples"][2])
+    assert 0 < (labels > 0).sum() < len(labels) == len(seen["maps"])
+    assert torch.equal(seen["mask"], seen["maps"][labels > 0])
+
+
+def test_an_image_without_objects_trains():
+    for protocol in PROTOCOLS:
+        images, targets = batch(scenes(2))
+        targets[1] = {name: value[:0] for name, value in targets[1].items()}
+        losses = detector(protocol).train()(images, targets)
+        assert torch.isfinite(sum(losses.values()))
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_boxes_stay_float32_under_bf16(protocol):
+    model, seen = detector(protocol, rois=4), []
+    for module in (model.rpn.head, model.roi_heads.box_predictor):
+        module.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model.train()(*batch(scenes(2)))
+        model.eval()
+        with torch.no_grad():
+            model.roi_heads.score_thresh = 0.0
+            found = model(batch(scenes(2))[0])
+    tensors = [tensor for out in seen for part in out
+               for tensor in (part if isinstance(part, (list, tuple)) else [part])]
+    assert tensors and all(tensor.dtype == torch.float32 for tensor in tensors)
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    boxes = torch.cat([one["boxes"] for one in found])
+    assert len(boxes) and boxes.dtype == torch.float32 and not torch.equal(boxes, boxes.bfloat16().float())
+
+
+# targets, sources
+def test_flip_and_resize_keep_boxes_inside_and_masks_aligned():
+    model = detector("coco-c4", size=64)
+    model.transform.min_size = (96, 160, 200)
+    source, sizes = scenes(12), set()
+    for index in range(len(source)):
+        pair = source[index][0]
+        plain, mirrored = detect_eval.as_tensors(pair), detect_eval.as_tensors(pair, flip=1.0)
+        assert (torch.equal(mirrored[0], plain[0].flip(-1))
+                and torch.equal(plain[1]["boxes"], pair[1]["boxes"]))
+        for box, mask in zip(mirrored[1]["boxes"], mirrored[1]["masks"].numpy()):
+            assert box.tolist() == data.mask_box(mask).tolist()
+        if index:  # boxes that do not mirror onto themselves
+            assert not torch.equal(mirrored[1]["boxes"], plain[1]["boxes"])
+        images, targets = model.transform.train()([mirrored[0]], [mirrored[1]])
+        height, width = images.image_sizes[0]
+        sizes.add(height)
+        boxes, masks = targets[0]["boxes"], targets[0]["masks"]
+        assert masks.shape == (len(boxes), height, width)
+        assert boxes.min() >= 0 and boxes[:, 0::2].max() <= width and boxes[:, 1::2].max() <= height
+        for box, mask in zip(boxes, masks.numpy()):
+            assert np.abs(box.numpy() - data.mask_box(mask)).max() <= 2
+    assert sizes == {96, 160, 200}
+
+
+def test_flips_are_drawn_half_the_time_and_belong_to_the_sample():
+    stream = data.Stream(scenes(1), lambda pair: detect_eval.as_tensors(pair, flip=0.5), 0, 1)
+    plain = detect_eval.as_tensors(stream.source[0][0])[0]
+    flips = [not torch.equal(stream[n][0][0], plain) for n in range(40)]
+    assert 10 < sum(flips) < 30
+    assert flips == [not torch.equal(stream[n][0][0], plain) for n in range(40)]
+
+
+def test_scenes_are_functions_of_split_and_index():
+    source, counts = scenes(30), []
+    for index in range(30):
+        (image, target), number = source[index]
+        again = detect_eval.Scenes("train", 5, 128)[index][0]
+        assert number == index and image.size == (128, 128)
+        assert (np.array_equal(image, again[0])
+                and all(torch.equal(target[name], again[1][name]) for name in target))
+        assert not np.array_equal(image, scenes(30, "val")[index][0][0])
+        assert target["masks"].sum(0).max() == 1  # what is behind is hidden
+        assert 1 <= target["labels"].min() and target["labels"].max() <= 10 == len(source.classes)
+        for box, mask in zip(target["boxes"], target["masks"].numpy()):
+            assert box.tolist() == data.mask_box(mask).tolist()
+        counts.append(len(target["labels"]))
+    assert min(counts) >= 1 and max(counts) >= 4 and np.mean(counts) > 2
+
+
+def test_voc_reader(tmp_path):
+    voc_tree(tmp_path)
+    source = detect_eval.open_source(str(tmp_path), "voc-c4", "train")
+    names = [Path(path).stem for path, _ in source.samples]
+    assert len(source) == 4 and names == ["000001", "000002", "000003", "000004"]
+    assert "VOC2012" in source.samples[3][0]
+    (image, target), index = source[0]
+    assert image.size == (60, 48) and index == 0 and "masks" not in target
+    # from 0, the last pixel one before the end
+    assert target["boxes"].tolist() == [[10, 5, 30, 25], [30, 10, 50, 40]]
+    assert [source.classes[label - 1] for label in target["labels"]] == ["person", "dog"]
+    assert target["crowd"].tolist() == [False, True]
+    (_, target), _ = source[1]
+    assert (target["boxes"].shape == (0, 4) and target["labels"].dtype == torch.int64
+            and target["crowd"].shape == (0,))
+    (_, target), _ = source[2]
+    assert target["boxes"].tolist() == [[0, 0, 60, 48]] and target["labels"].tolist() == [1]
+    val = detect_eval.open_source(str(tmp_path), "voc-c4", "val")
+    assert len(val) == 3 and "VOC2007" in val.samples[2][0] and len(val.classes) == 20
+
+
+def test_coco_reader(tmp_path, capsys):
+    coco_tree(tmp_path)
+    train_set, val = (detect_eval.open_source(str(tmp_path), "coco-c4", split) for split in ("train", "val"))
+    assert capsys.readouterr().out == ""
+    assert train_set.classes == ["car", "toothbrush"]  # by id: 3, 90
+    assert train_set.ids == [7, 12] and val.ids == [7, 8, 9, 12]
+    (image, target), _ = train_set[0]
+    assert (target["boxes"].tolist() == [[10, 8, 30, 28], [40, 20, 50, 30]]
+            and target["labels"].tolist() == [2, 1])
+    assert target["masks"].shape == (2, 48, 60) and not target["crowd"].any()
+    for box, mask in zip(target["boxes"], target["masks"].numpy()):
+        assert box.tolist() == data.mask_box(mask).tolist()
+    (_, target), _ = val[0]
+    assert target["crowd"].tolist() == [False, False, True]  # the empty box is left out
+    masked = data.mask_box(target["masks"][2].numpy()).tolist()
+    assert target["boxes"][2].tolist() == [32, 0, 60, 16] == masked
+    (_, target), _ = val[1]
+    assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, 48, 60)
+
+
+# scoring
+def test_ground_truth_fed_back_scores_one(tmp_path):
+    voc_tree(tmp_path / "voc")
+    coco_tree(tmp_path / "coco")
+    sources = {"coco-c4": [scenes(7, "val"),
+                           detect_eval.open_source(str(tmp_path / "coco"), "coco-fpn", "val")],
+               "voc-c4": [scenes(7, "val"), detect_eval.open_source(str(tmp_path / "voc"), "voc-c4", "val")]}
+    for protocol, both in sources.items():
+        for source in both:
+            scores = evaluate(Oracle(source), source, protocol)
+            masks = ["AP_mask", "AP50_mask", "AP75_mask"] if protocol == "coco-c4" else []
+            names = ["AP", "AP50", "AP75"] + masks
+            assert (list(scores) == names
+                    and all(value == pytest.approx(100) for value in scores.values())), scores
+
+
+def test_scores_fall_as_boxes_move_and_masks_stay():
+    source = scenes(7, "val")
+    scores = evaluate(Oracle(source, shift=0.1), source, "coco-c4")  # IoU 0.81 / 1.19 = 0.68
+    assert scores["AP50"] == pytest.approx(100) and scores["AP75"] == 0 and 35 < scores["AP"] < 45
+    assert scores["AP_mask"] == pytest.approx(100)
+
+
+def test_crowds_are_neither_found_nor_missed(tmp_path):
+    source = detect_eval.open_source(str(voc_tree(tmp_path / "voc")), "voc-c4", "val")
+    truth, found = [], []
+    for index in range(len(source)):
+        target = source[index][0][1]
+        truth += detect_eval.annotations(target, index, False)
+        scored = {**target, "scores": torch.full((len(target["labels"]),), 0.9)}
+        found += detect_eval.annotations(scored, index, False)
+    images = [{"id": index, "height": 48, "width": 60} for index in range(len(source))]
+    plain = [one for one in truth if not one["iscrowd"]]
+    strays = [one | {"category_id": 15, "iscrowd": 0, "score": 1.0}
+              for one in found if one["category_id"] == 12]
+    assert len(plain) == 2 and len(strays) == 1 and len(truth) == 3
+    assert detect_eval.average_precisions(images, truth, found, False)["AP"] == pytest.approx(100)
+    assert detect_eval.average_precisions(images, truth, plain, False)["AP"] == pytest.approx(100)
+    # false, and surest
+    assert detect_eval.average_precisions(images, truth, found + strays, False)["AP"] < 80
+    assert detect_eval.average_precisions(images, truth, [], False) == {"AP": 0, "AP50": 0, "AP75": 0}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_an_untrained_detector_scores_near_zero(protocol):
+    source = scenes(4, "val")
+    scores = evaluate(detector(protocol), source, protocol)
+    assert all(0 <= value < 2 for value in scores.values())
+
+
+# schedule, export
+def test_detection_schedules_and_defaults():
+    args = detect_eval.parse_args(["--pretrained", "random"])
+    found = (args.protocol, args.iterations, args.batch_size, args.lr, args.rois)
+    assert found == ("voc-c4", 24000, 16, 0.02, 512)
+    assert args.min_size == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800] and args.data == "voc"
+    rate = lambda *steps: [pytest.approx(detect_eval.lr_at(step, args) / 0.02) for step in steps]
+    assert rate(0, 50, 100, 17999, 18000, 21999, 22000, 23999) == [0.001, 0.5005, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    for protocol in ("coco-c4", "coco-fpn"):
+        args = detect_eval.parse_args(["--pretrained", "random", "--protocol", protocol])
+        assert (args.iterations == 90000 and args.min_size == [640, 672, 704, 736, 768, 800]
+                and args.data == "coco")
+        assert rate(0, 500, 1000, 59999, 60000, 79999, 80000) == [0.001, 0.5005, 1, 1, 0.1, 0.1, 0.01]
+    args = detect_eval.parse_args(["--pretrained", "random", "--iterations", "240", "--lr", "0.02"])
+    assert rate(0, 12, 24, 179, 180, 219, 220) == [0.001, 0.5005, 1, 1, 0.1, 0.1, 0.01]
+
+
+@pytest.mark.parametrize("arch, blocks", [("resnet50", (3, 4, 6, 3)), ("resnet101", (3, 4, 23, 3))])
+def test_export_to_detectron2(arch, blocks, tmp_path, capsys):
+    torch.manual_seed(0)
+    encoder = care.Encoder(arch)
+    for value in encoder.state_dict().values():
+        if value.is_floating_point():
+            value.uniform_(-1, 1)
+    care.save_encoder(encoder, tmp_path / "encoder.pth")
+    detect_eval.main(["--pretrained", str(tmp_path / "encoder.pth"),
+                      "--export-detectron2", str(tmp_path / "out.pkl")])
+    content = pickle.loads((tmp_path / "out.pkl").read_bytes())
+    model = content.pop("model")
+    assert content == {"__author__": "CARE", "matching_heuristics": True}
+    norm = ("weight", "bias", "running_mean", "running_var")
+    places = {"stem.conv1": "conv1", "stem.conv1.norm": "bn1"}
+    for stage, count in enumerate(blocks, 2):
+        for block in range(count):
+            theirs, ours = f"res{stage}.{block}", f"layer{stage - 1}.{block}"
+            for conv in (1, 2, 3):
+                places |= {f"{theirs}.conv{conv}": f"{ours}.conv{conv}",
+                           f"{theirs}.conv{conv}.norm": f"{ours}.bn{conv}"}
+        first = {f"res{stage}.0.shortcut": f"layer{stage - 1}.0.downsample.0",
+                 f"res{stage}.0.shortcut.norm": f"layer{stage - 1}.0.downsample.1"}
+        places |= first
+    pairs = {f"{theirs}.{part}": f"{ours}.{part}" for theirs, ours in places.items()
+             for part in (norm if theirs.endswith("norm") else ("weight",))}
+    assert model.keys() == pairs.keys()
+    state = {pairs[name]: torch.from_numpy(array) for name, array in model.items()}
+    reference = getattr(torchvision.models, arch)()
+    missing, unexpected = reference.load_state_dict(state, strict=False)
+    assert not unexpected and all(key.startswith("fc.") or key.endswith("num_batches_tracked")
+                                  for key in missing)
+    for key, value in encoder.state_dict().items():
+        if not key.endswith("num_batches_tracked"):
+            assert torch.equal(state[key], value), key
+
+
+# the script
+def detect(out, *flags):
+    detect_eval.main([*DETECT, "--out", str(out), *map(str, flags)])
+    return steps(out)
+
+
+def without_memory(lines):
+    return [{name: value for name, value in line.items() if name != "memory_gib"} for line in lines]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_detection_script_trains_resumes_exactly_and_scores(protocol, tmp_path, capsys, monkeypatch):
+    opened = detect_eval.open_source
+    few = lambda data, protocol, split: (opened(data, protocol, split) if split == "train"
+                                         else scenes(3, "val"))
+    monkeypatch.setattr(detect_eval, "open_source", few)
+    encoder = care.Encoder("resnet18")
+    care.save_encoder(encoder, tmp_path / "encoder.pth")
+    flags = ["--pretrained", tmp_path / "encoder.pth", "--protocol", protocol, "--data", "shapes:5",
+             "--iterations", 4, "--min-size", 64, 96]
+    whole = detect(tmp_path / "whole", *flags)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    masks = ["AP_mask", "AP50_mask", "AP75_mask"] if protocol != "voc-c4" else []
+    assert set(result) == {"AP", "AP50", "AP75", "protocol", "iterations", "batch_size", "lr", "seed",
+                           "encoder", "sha256", "arch", "data", *masks}
+    assert result["protocol"] == protocol and result["iterations"] == 4 and result["arch"] == "resnet18"
+    assert result["sha256"] == detect_eval.hashlib.sha256((tmp_path / "encoder.pth").read_bytes()).hexdigest()
+    assert [line["step"] for line in whole] == [1, 2, 3, 4] and whole[-1]["lr"] == pytest.approx(0.0002)
+    for line in whole:
+        total = sum(value for name, value in line.items() if name.startswith("loss_"))
+        assert line["loss"] == pytest.approx(total, rel=1e-4)
+    torch.rand(7)  # the random state outside the script does not matter
+    detect(tmp_path / "cut", *flags, "--max-steps", 2)
+    assert "stopped after step 2 of 4" in capsys.readouterr().out
+    cut = detect(tmp_path / "cut", *flags, "--log-every", 1)
+    assert without_memory(cut) == without_memory(whole)
+    states = [torch.load(tmp_path / name / "last.pth", weights_only=True)["model"]
+              for name in ("whole", "cut")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0][next(iter(states[0]))], encoder.state_dict()["conv1.weight"])
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {**again, "encoder": 0} == {**result, "encoder": 0}
+
+
+def test_detection_losses_do_not_depend_on_workers_and_fall(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(detect_eval, "evaluate", lambda *a: {"AP": 0.0})
+    flags = ["--protocol", "coco-fpn", "--data", "shapes:4", "--iterations", 12, "--lr", 0.01, "--rois", 16]
+    lines = detect(tmp_path / "none", *flags)
+    assert np.mean([line["loss"] for line in lines[-3:]]) < 0.6 * lines[0]["loss"], lines
+    two = detect(tmp_path / "two", *flags, "--workers", 2, "--max-steps", 2)
+    assert without_memory(two) == without_memory(lines[:2])
+
+
+def test_detection_on_two_ranks(tmp_path):
+    coco_tree(tmp_path / "coco")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port,
+               str(HERE / "detect_eval.py"), *DETECT, "--protocol", "coco-c4",
+               "--data", str(tmp_path / "coco"), "--iterations", "2", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    result = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(result) == 1 and 0 <= result[0]["AP"] < 5
+    assert [line["step"] for line in steps(tmp_path / "run")] == [1, 2]
+
+
+def score_a_shard(rank, port, out):
+    """In a process of two: rank 0 answers with the truth, rank 1 beside it."""
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}",
+                                         rank=rank, world_size=2)
+    source = scenes(6, "val")
+    oracle = Oracle(torch.utils.data.Subset(source, range(rank, 6, 2)), shift=float(rank))
+    args = SimpleNamespace(protocol="coco-c4", batch_size=2, seed=0, workers=0)
+    scores = detect_eval.evaluate(oracle, source, args, rank, 2, CPU, contextlib.nullcontext())
+    (out / f"{rank}.json").write_text(json.dumps(scores))
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_score_all_images_together(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(score_a_shard, (port, tmp_path), 2)
+    scores = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert scores[0] == scores[1] and scores[0]["AP_mask"] == pytest.approx(100) and 40 < scores[0]["AP"] < 95
+
+
+# bad input
+@pytest.mark.parametrize("flags, match", [
+    (["--data", "nowhere"], "no such folder"),
+    (["--data", "shapes:no"], "number of training images"),
+    (["--data", "shapes:1"], "--batch-size 2: must be .* at most 1 training images"),
+    (["--lr", 0], "--lr 0: must be above 0"),
+    (["--min-size", 16], "--min-size"),
+    (["--min-size", 2000], "--min-size"),
+    (["--iterations", 0], "--iterations 0: must be at least 1"),
+    (["--rois", 0], "--rois 0: must be at least 1"),
+    (["--protocol", "voc-fpn"], "invalid choice"),
+    (["--pretrained", "nofile.pth"], "nofile.pth"),
+    (["--log-every", 0], "--log-every 0"),
+])
+def test_detection_refuses_bad_arguments(flags, match, tmp_path, capsys):
+    refused(capsys, *DETECT, "--data", "shapes:4", "--max-steps", 1, "--out", tmp_path / "run", *flags,
+            match=match, script=detect_eval)
+
+
+def test_detection_refuses_bad_encoders_and_data(tmp_path, capsys, monkeypatch):
+    run = ["--out", tmp_path / "run", "--data", "shapes:4", "--max-steps", 1]
+    care.save_encoder(care.Encoder("resnet18", "cifar"), tmp_path / "cifar.pth")
+    refused(capsys, *DETECT, *run, "--pretrained", tmp_path / "cifar.pth", match="stem", script=detect_eval)
+    care.save_encoder(care.Encoder("resnet34"), tmp_path / "34.pth")
+    refused(capsys, *DETECT, *run, "--pretrained", tmp_path / "34.pth",
+            match="arch resnet18", script=detect_eval)
+    refused(capsys, *DETECT, "--export-detectron2", tmp_path / "no" / "out.pkl",
+            match="no/out.pkl", script=detect_eval)
+    (tmp_path / "empty").mkdir()
+    line = refused(capsys, *DETECT, *run, "--data", tmp_path / "empty", script=detect_eval)
+    assert "must hold VOCdevkit/VOC2007 (trainval) and VOCdevkit/VOC2012 (trainval)" in line
+    coco = ["--protocol", "coco-fpn", "--data"]
+    refused(capsys, *DETECT, *run, *coco, tmp_path / "empty",
+            match="instances_train2017.json", script=detect_eval)
+    coco_tree(tmp_path / "coco")
+    path = tmp_path / "coco" / "annotations" / "instances_train2017.json"
+    for broken in (path.read_text()[:200], "[1, 2]", '{"images": [{}], "annotations": []}'):
+        path.write_text(broken)
+        refused(capsys, *DETECT, *run, *coco, tmp_path / "coco",
+                match="cannot read .*train2017.json", script=detect_eval)
+    assert not (tmp_path / "run" / "last.pth").exists()
+
+
+def test_an_unreadable_test_image_cannot_be_scored(tmp_path, capsys):
+    voc_tree(tmp_path)
+    (tmp_path / "VOCdevkit/VOC2007/JPEGImages/000003.jpg").write_bytes(b"no image")
+    with pytest.raises(SystemExit) as caught:
+        evaluate(detector("voc-c4", classes=20), detect_eval.open_source(str(tmp_path), "voc-c4", "val"),
+                 "voc-c4")
+    assert caught.value.code == 2 and "000003.jpg: cannot be read" in capsys.readouterr().err
+
+
+def test_detection_without_pycocotools(tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pycocotools"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    line = refused(capsys, *DETECT, "--data", "shapes:4", "--max-steps", 1, "--out", tmp_path / "run",
+                   script=detect_eval)
+    assert "pip install pycocotools" in line and not (tmp_path / "run").exists()
+    assert not re.search("^(import|from) pycocotools", Path(detect_eval.__file__).read_text(), re.MULTILINE)
+    care.save_encoder(care.Encoder("resnet18"), tmp_path / "encoder.pth")  # exporting does without
+    detect_eval.main(["--pretrained", str(tmp_path / "encoder.pth"),
+                      "--export-detectron2", str(tmp_path / "out.pkl")])
+    assert (tmp_path / "out.pkl").exists()
+
+
+def test_a_detection_run_of_other_arguments_is_left_alone(tmp_path, capsys):
+    flags = ["--data", "shapes:4", "--iterations", 3, "--max-steps", 1, "--out", tmp_path / "run"]
+    detect_eval.main([*DETECT, *map(str, flags)])
+    capsys.readouterr()
+    before = (tmp_path / "run" / "last.pth").read_bytes()
+    refused(capsys, *DETECT, *flags, "--rois", 5, match="rois was 4, is 5", script=detect_eval)
+    assert (tmp_path / "run" / "last.pth").read_bytes() == before
