@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision import datasets, transforms
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -165,6 +165,13 @@ def open_images(data, split, data_root="data", size=64, download=False):
         raise ValueError(f"--data {data}: no folder {split} with images by class in it ({error})") from None
 
 
+def file_of(source, index):
+    """The file of an image of a data set, or of a Subset of one; None where it has none."""
+    if isinstance(source, Subset):
+        return file_of(source.dataset, source.indices[index])
+    return source.samples[index][0] if hasattr(source, "samples") else None
+
+
 # ---------------------------------------------------------------------------------------------- views
 # A view's row of numbers: jitter, gray, solarize 0/1; four factors; order in ORDERS; sigma in pixels, 0 none.
 PARAMETERS = ("jitter", "brightness", "contrast", "saturation", "hue", "order", "gray", "sigma", "solarize")
@@ -311,6 +318,8 @@ class Stream(Dataset):
                 image, label = self.source[index]
                 break
             except Exception:  # a decoder may raise anything on broken bytes
+                if file_of(self.source, index) is None:
+                    raise
                 bad.append(index)
                 index = (index + 1) % len(self.source)
                 if len(bad) > max(1, len(self.source) / 100):  # as many as end a run: stop searching
@@ -319,10 +328,6 @@ class Stream(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence((self.seed, n)).generate_state(1)[0]))
             return self.transform(image), label, bad
-
-    def name(self, index):
-        """The file of an image, where it has one."""
-        return self.source.samples[index][0] if hasattr(self.source, "samples") else f"image {index}"
 
 
 class StreamSampler:

@@ -27,7 +27,6 @@ import torch.distributed as dist
 import torchvision.transforms.functional as TF
 from PIL import Image
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.datasets import CocoDetection, VOCDetection
 from torchvision.models.detection import backbone_utils, faster_rcnn, mask_rcnn, roi_heads, rpn
@@ -38,10 +37,10 @@ from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image
 from tqdm import tqdm
 
 from care import ARCHS, Encoder, load_encoder
-from data import IMAGENET_MEAN, IMAGENET_STD, Shapes, Stream, StreamSampler, mask_box
+from data import IMAGENET_MEAN, IMAGENET_STD, Shapes, Stream, StreamSampler, file_of, mask_box
 from train import (Unreadable, add_run_arguments, agree, average, catch_signals, default_workers, fail,
-                   ignore_signals, load_run, memory_gib, new_parser, open_log, open_run, positive, save_files,
-                   set_precision, setup_ranks, user_errors, versions, write_line, write_whole)
+                   ignore_signals, load_run, memory_gib, new_parser, open_log, open_run, parallelise, positive,
+                   save_files, set_precision, setup_ranks, user_errors, versions, write_line, write_whole)
 
 PROTOCOLS = {  # iterations, steps after which the rate falls to a tenth, warm-up, shorter sides in training
     "voc-c4": (24000, (18000, 22000), 100, range(480, 801, 32)),
@@ -367,7 +366,7 @@ def evaluate(model, source, args, rank, world, device, autocast):
     hidden = None if rank == 0 else True
     for (images, targets), indices, bad in tqdm(batches, "val", len(sampler), leave=False, disable=hidden):
         if bad:
-            fail(f"{stream.name(bad[0])}: cannot be read, so that the detector cannot be scored")
+            fail(f"{file_of(source, bad[0])}: cannot be read, so that the detector cannot be scored")
         with autocast:
             found = model(images)
         for index, image, target, detection in zip(indices, images, targets, found):
@@ -420,11 +419,7 @@ def main(argv=None):
     for name, part in parts.items() if checkpoint else ():
         part.load_state_dict(checkpoint[name])
     done = checkpoint["step"] if checkpoint else 0
-    parallel = model
-    if world > 1:
-        if device.type == "cuda":
-            model = parallel = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    model, parallel = parallelise(model, world, device)
     stop = min(args.iterations, args.max_steps or args.iterations)
     per_epoch = len(source) // args.batch_size * args.batch_size
     stream = Stream(source, partial(as_tensors, flip=0.5), args.seed, per_epoch)

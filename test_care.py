@@ -1458,7 +1458,7 @@ def test_hostile_images(tmp_path):
     for n in range(len(files)):
         (views, parameters), _, unreadable = stream[n]
         assert views.shape == (2, 3, 32, 32) and torch.isfinite(data.augment(views, parameters)).all()
-        bad |= {Path(stream.name(index)).name for index in unreadable}
+        bad |= {Path(data.file_of(files, index)).name for index in unreadable}
     assert bad == {*broken, "bomb.png"}
 
 

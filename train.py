@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from care import (ARCHS, CARE, METHODS, POSITIONS, TAPS, check_state, load_checkpoint, pool, save_encoder,
                   tau_at)
-from data import Stream, StreamSampler, TwoViews, augment, collate, draw, open_images
+from data import Stream, StreamSampler, TwoViews, augment, collate, draw, file_of, open_images
 
 # What may differ when a run is resumed: speed, place and output, never the mathematics.
 FREE = ("data_root", "workers", "compile", "out", "save_every", "keep_epochs", "log_every", "max_steps",
@@ -322,7 +322,8 @@ class Unreadable:
         for index in batch[2]:
             if index not in self.known:
                 self.known.add(index)
-                print(f"warning: cannot read {self.dataset.name(index)}, taking the next", file=sys.stderr)
+                file = file_of(self.dataset.source, index)
+                print(f"warning: cannot read {file}, taking the next image", file=sys.stderr)
         return batch
 
     def count(self):
