@@ -39,8 +39,9 @@ from tqdm import tqdm
 from care import ARCHS, Encoder, load_encoder
 from data import IMAGENET_MEAN, IMAGENET_STD, Shapes, Stream, StreamSampler, file_of, mask_box
 from train import (Unreadable, add_run_arguments, agree, average, catch_signals, default_workers, fail,
-                   ignore_signals, load_run, memory_gib, new_parser, open_log, open_run, parallelise, positive,
-                   save_files, set_precision, setup_ranks, user_errors, versions, write_line, write_whole)
+                   ignore_signals, load_run, memory_gib, new_parser, open_log, open_run, parallelise,
+                   positive, save_files, set_precision, setup_ranks, user_errors, versions, write_line,
+                   write_whole)
 
 PROTOCOLS = {  # iterations, steps after which the rate falls to a tenth, warm-up, shorter sides in training
     "voc-c4": (24000, (18000, 22000), 100, range(480, 801, 32)),

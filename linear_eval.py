@@ -98,8 +98,8 @@ def setup(args, kind):
             differ = sorted(set(train.classes) ^ set(val.classes))
             raise ValueError(f"--data {args.data}: train and val differ in classes ({', '.join(differ[:5])})")
     encoder = encoder.to(device, memory_format=torch.channels_last)
-    return SimpleNamespace(rank=rank, world=world, device=device, autocast=autocast, stopping=stopping, lock=lock,
-                           encoder=encoder, train=train, val=val, classes=len(val.classes))
+    return SimpleNamespace(rank=rank, world=world, device=device, autocast=autocast, stopping=stopping,
+                           lock=lock, encoder=encoder, train=train, val=val, classes=len(val.classes))
 
 
 def labels_of(source):
