@@ -761,6 +761,22 @@ def test_ablations_train(flags, tmp_path):
     assert ("loss_c" in line) == (flags[-1] != "sequential") and ("loss_t" in line) == (flags[-1] != "byol")
 
 
+@needs_gpu
+def test_views_on_a_gpu_are_the_cpus():
+    stream = data.Stream(data.Shapes("train", 16, 64), data.TwoViews((64, 64)), 0, 16)
+    crops, parameters = (torch.stack(parts)[:, 0] for parts in zip(*(stream[n][0] for n in range(16))))
+    found = data.augment(crops.cuda(), parameters).cpu()
+    torch.testing.assert_close(found, data.augment(crops, parameters), rtol=0, atol=1e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_on_a_gpu_stays_close_to_float32(precision, tmp_path):
+    found = run(tmp_path / precision, "--precision", precision)
+    for a, b in zip(found, run(tmp_path / "fp32", "--precision", "fp32")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
+
+
 def test_kept_epochs(tmp_path):
     run(tmp_path, "--keep-epochs", 1)
     assert sorted(path.name for path in tmp_path.glob("epoch*")) == ["epoch0001.pth", "epoch0002.pth"]
