@@ -88,7 +88,7 @@ class Shapes(Dataset):
         rng = np.random.RandomState((index * 2 + (self.split == "val")) % 2 ** 32)  # frozen by numpy
         label = index % 10
         image, level = self.ground(rng)
-        radius = rng.uniform(0.32, 0.48)
+        radius = rng.uniform(0.42, 0.50)
         mask = self.paint(image, rng, label, rng.uniform(radius, 1 - radius, 2), radius, level)
         return np.rint(image).astype(np.uint8), label, mask_box(mask), mask
 
@@ -96,7 +96,7 @@ class Shapes(Dataset):
         """A soft random ground, (size, size, 3) in gray levels, and the image's brightness."""
         y, x = np.mgrid[:self.size, :self.size] * (3.0 / self.size)
         soft = value_noise(x, y, rng.uniform(-1, 1, (4, 4)))[..., None]
-        level = rng.uniform(85, 170)
+        level = rng.uniform(112, 144)
         return level + rng.uniform(-6, 6) + rng.uniform(-2, 2, 3) + 12 * soft, level
 
     def paint(self, image, rng, label, centre, radius, level):
