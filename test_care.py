@@ -493,6 +493,14 @@ class Code:
 
 
 # ------------------------------------------------------------------------------------- data, views, stream
+SHAPES_LEVELS = [  # green of the first ten training images at 64 px, on a 3x3 grid of pixels
+    [87, 154, 125, 87, 112, 154, 133, 87, 152], [169, 197, 134, 100, 165, 100, 177, 156, 138],
+    [111, 67, 119, 67, 79, 67, 146, 67, 146], [98, 93, 93, 93, 93, 93, 93, 93, 116],
+    [86, 86, 98, 174, 165, 153, 93, 105, 119], [128, 112, 132, 175, 138, 138, 126, 143, 140],
+    [71, 161, 71, 71, 130, 154, 179, 132, 123], [98, 136, 142, 191, 136, 136, 98, 167, 145],
+    [127, 127, 127, 127, 127, 127, 127, 127, 131], [144, 144, 145, 138, 98, 160, 130, 102, 140]]
+
+
 def test_shapes_are_functions_of_split_and_index():
     shapes, again = data.Shapes("train", 50, 64), data.Shapes("train", 9, 64)
     for index in (0, 8, 3):
@@ -501,6 +509,9 @@ def test_shapes_are_functions_of_split_and_index():
         assert not np.array_equal(image, data.Shapes("val", 50, 64).render(index)[0])
         assert image.dtype == np.uint8 and image.shape == (64, 64, 3) and mask.shape == (64, 64)
         assert np.array_equal(box, data.mask_box(mask)) and 0.1 < mask.mean() < 0.75
+    for index, levels in enumerate(SHAPES_LEVELS):  # the same on every machine, to one gray level
+        found = data.Shapes("train", 10, 64).render(index)[0][16::16, 16::16, 1].ravel().astype(int)
+        assert abs(found - levels).max() <= 1
     for index in range(10):  # the same image at any size: coarse averages agree
         both = (data.Shapes("train", 10, size).render(index)[0] for size in (64, 256))
         small_image, large = (image.astype(float) for image in both)
