@@ -1763,13 +1763,13 @@ def test_load_takes_every_weight_from_the_files(trained):
     args = visualize.parse_args([str(flag) for flag in flags])
     args.device = torch.device("cpu")
     one = visualize.load(args, trained / "last.pth", None)
-    saved = torch.load(trained / "last.pth")["model"]
+    saved = torch.load(trained / "last.pth", weights_only=True)["model"]
     assert all(torch.equal(value, saved[key]) for key, value in one.model.state_dict().items())
     assert all(torch.equal(value, saved[f"online.encoder.{key}"])
                for key, value in one.encoder.state_dict().items())
     args.t_stream = False
     one = visualize.load(args, trained / "encoder.pth", trained / "classifier.pth")
-    saved = torch.load(trained / "classifier.pth")["state"]
+    saved = torch.load(trained / "classifier.pth", weights_only=True)["state"]
     assert all(torch.equal(value, saved[key]) for key, value in one.head.state_dict().items())
     assert (not one.head.training and not one.encoder.training
             and one.classes == list("abcd") and one.title == "small")

@@ -339,6 +339,16 @@ class Unreadable:
 
 
 # ----------------------------------------------------------------------------------------------- steps
+def new_model(model_args, args, device):
+    """-> CARE(**model_args), channels last on the device and compiled if asked for, and its optimiser."""
+    model = CARE(**model_args).to(device, memory_format=torch.channels_last)
+    if args.compile:
+        model.online.compile()
+        model.momentum.compile()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model, torch.optim.SGD(trained, lr=0.0, momentum=args.momentum, weight_decay=args.weight_decay)
+
+
 def lr_at(step, total_steps, warmup_steps, peak):
     """Learning rate of step 0, 1, ...: linear from 1e-6 to `peak`, then a cosine to 0 (Sec. 4.1)."""
     if step < warmup_steps:
@@ -434,13 +444,7 @@ def synchronize(device):
 def bench_step(args, autocast, scaler, device):
     """One line of JSON: the speed of a step on synthetic crops, by part, beside a supervised step."""
     with user_errors():
-        model = CARE(**{name: getattr(args, name) for name in MODEL_ARGS})
-    model = model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0,
-                                momentum=args.momentum, weight_decay=args.weight_decay)
-    if args.compile:
-        model.online.compile()
-        model.momentum.compile()
+        model, optimizer = new_model({name: getattr(args, name) for name in MODEL_ARGS}, args, device)
     size = tuple(args.image_size)
     crops = torch.randint(0, 256, (args.batch_size, 2, 3, *size), dtype=torch.uint8, device=device)
     parameters = torch.tensor([[draw(size, 1.0, 0.0), draw(size, 0.1, 0.2)] for _ in range(args.batch_size)])
@@ -536,9 +540,7 @@ def main(argv=None):
         checkpoint = load_run(args.out, args) or {}
         torch.manual_seed(args.seed)
         model_args = {name: getattr(args, name) for name in MODEL_ARGS}
-        model = CARE(**model_args).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0,
-                                momentum=args.momentum, weight_decay=args.weight_decay)
+        model, optimizer = new_model(model_args, args, device)
     if checkpoint:
         with user_errors():
             check_state(Path(args.out) / "last.pth", checkpoint["model"], model.state_dict())
@@ -555,9 +557,6 @@ def main(argv=None):
     sampler = StreamSampler(start, stop, args.batch_size, rank, world, args.accum_steps)
     unreadable = Unreadable(dataset, checkpoint.get("unreadable", ()))
 
-    if args.compile:
-        model.online.compile()
-        model.momentum.compile()
     model, parallel = parallelise(model, world, device)
     header = {"args": vars(args), "images": len(source), "steps": total_steps, **versions(world, device)}
     with user_errors():
