@@ -7,7 +7,6 @@ The stream: sample n, its image and every draw of its views, is fixed by (seed, 
 depend on the number of workers or ranks, and one that resumes at step s goes on exactly.
 """
 import math
-import os
 from itertools import permutations
 from pathlib import Path
 
@@ -43,11 +42,11 @@ SHAPES = {  # inside distance, positive inside, in units of the object's radius,
 }
 PATTERNS = {  # between -1 and 1 at pattern coordinates (u, v), whose unit is about one period
     "stripes": lambda u, v, noise: np.sin(6.28 * v),
-    "checks": lambda u, v, noise: 1.5 * np.sin(4.4 * u) * np.sin(4.4 * v),
+    "checks": lambda u, v, noise: 1.5 * np.sin(6 * u) * np.sin(6 * v),
     "rings": lambda u, v, noise: np.sin(6.28 * np.hypot(u, v)),
-    "dots": lambda u, v, noise: np.cos(6.28 * u) + np.cos(6.28 * v) - 0.6,
+    "dots": lambda u, v, noise: np.cos(4.4 * u) + np.cos(4.4 * v) - 0.6,
     "bars": lambda u, v, noise: np.sin(6.28 * u),
-    "grain": lambda u, v, noise: 1.6 * value_noise(1.9 * u, 1.9 * v, noise),
+    "grain": lambda u, v, noise: 1.6 * value_noise(4.5 * u, 4.5 * v, noise),
     "rays": lambda u, v, noise: np.sin(6 * np.arctan2(v, u)),
     "zigzag": lambda u, v, noise: np.sin(6.28 * (v + abs((1.2 * u) % 1 - 0.5))),
     "plain": lambda u, v, noise: 0 * u,
@@ -74,10 +73,10 @@ class Shapes(Dataset):
     classes = [f"{shape}-{pattern}" for shape, pattern in zip(SHAPES, PATTERNS)]
 
     def __init__(self, split="train", length=4000, size=64):
-        self.split, self.length, self.size = split, length, size
+        self.split, self.size, self.targets = split, size, [index % 10 for index in range(length)]
 
     def __len__(self):
-        return self.length
+        return len(self.targets)
 
     def __getitem__(self, index):
         image, label, _, _ = self.render(index)
@@ -88,7 +87,7 @@ class Shapes(Dataset):
         rng = np.random.RandomState((index * 2 + (self.split == "val")) % 2 ** 32)  # frozen by numpy
         label = index % 10
         image, level = self.ground(rng)
-        radius = rng.uniform(0.42, 0.50)
+        radius = rng.uniform(0.32, 0.48)
         mask = self.paint(image, rng, label, rng.uniform(radius, 1 - radius, 2), radius, level)
         return np.rint(image).astype(np.uint8), label, mask_box(mask), mask
 
@@ -110,7 +109,7 @@ class Shapes(Dataset):
         pu, pv = 0.3 * phase if centred else phase
         wave = PATTERNS[list(PATTERNS)[label]](u / period + pu, v / period + pv, rng.uniform(-1, 1, (8, 8)))
         wave = np.clip(1.5 * wave, -1, 1)[..., None] * rng.uniform(30, 55) * rng.choice((-1, 1))
-        fill = level + rng.uniform(-12, 12) + rng.uniform(-2, 2, 3) + wave
+        fill = level + rng.uniform(-6, 6) + rng.uniform(-2, 2, 3) + wave
         image += np.clip(inside, 0, 1)[..., None] * (fill - image)
         return inside > 0.5
 
@@ -122,21 +121,11 @@ def mask_box(mask):
 
 
 # -------------------------------------------------------------------------------------------- sources
-class ImageFiles(Dataset):
-    """Every image below a folder, in sorted order, without labels (label -1). ValueError if there is none."""
+class ImageFiles(datasets.ImageFolder):
+    """Every image below a folder, in sorted order, without labels (label -1)."""
 
-    def __init__(self, root):
-        paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True)
-                       for name in names if name.lower().endswith(datasets.folder.IMG_EXTENSIONS))
-        if not paths:
-            raise ValueError(f"{root}: no images below this folder")
-        self.samples = [(path, -1) for path in paths]
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        return datasets.folder.pil_loader(self.samples[index][0]), -1
+    def find_classes(self, directory):
+        return [""], {"": -1}
 
 
 def open_images(data, split, data_root="data", size=64, download=False):
@@ -157,12 +146,13 @@ def open_images(data, split, data_root="data", size=64, download=False):
     root = Path(data)
     if not root.is_dir():
         raise ValueError(f"--data {data}: no such folder (nor one of shapes, cifar10, stl10)")
-    if split == "pretrain":
-        return ImageFiles(root / "train" if (root / "train").is_dir() else root)
     try:
+        if split == "pretrain":
+            return ImageFiles(root / "train" if (root / "train").is_dir() else root)
         return datasets.ImageFolder(root / split)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(f"--data {data}: no folder {split} with images by class in it ({error})") from None
+        wanted = "no images below it" if split == "pretrain" else f"no folder {split} with images by class"
+        raise ValueError(f"--data {data}: {wanted} ({error})") from None
 
 
 def file_of(source, index):
@@ -230,15 +220,20 @@ class TwoViews:
         return torch.stack([apply(*pair) for pair in zip(crops, parameters)]), torch.tensor(parameters)
 
 
+def beside(x, values):
+    """Three numbers, one a channel, as (3, 1, 1) on the device of x, which is not waited for."""
+    return torch.tensor(values, dtype=x.dtype).view(3, 1, 1).to(x.device, non_blocking=True)
+
+
 def normalize(x):
     """(B, 3, H, W), uint8 or float in 0..1 -> float32 with ImageNet's mean 0 and standard deviation 1."""
     x = x if x.is_floating_point() else x.float() / 255
-    return (x - x.new_tensor(IMAGENET_MEAN).view(3, 1, 1)) / x.new_tensor(IMAGENET_STD).view(3, 1, 1)
+    return (x - beside(x, IMAGENET_MEAN)) / beside(x, IMAGENET_STD)
 
 
 def to_gray(x):
     """Luma of (B, 3, H, W) -> (B, 1, H, W); ITU-R 601, as PIL and torchvision."""
-    return (x * x.new_tensor((0.299, 0.587, 0.114)).view(3, 1, 1)).sum(1, keepdim=True)
+    return (x * beside(x, (0.299, 0.587, 0.114))).sum(1, keepdim=True)
 
 
 def shift_hue(x, shift):
@@ -248,7 +243,7 @@ def shift_hue(x, shift):
     chroma = value - x.amin(1)
     c = torch.where(chroma > 0, chroma, 1)  # no division by zero
     hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c))
-    k = (hue[:, None] + 6 * shift + x.new_tensor((5, 3, 1)).view(3, 1, 1)) % 6  # in sixths of a turn
+    k = (hue[:, None] + 6 * shift + beside(x, (5, 3, 1))) % 6  # in sixths of a turn
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -326,26 +321,18 @@ class Stream(Dataset):
                     image, label = Image.new("RGB", (1, 1)), 0
                     break
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence((self.seed, n)).generate_state(1)[0]))
+            seed = int(np.random.SeedSequence((self.seed, n)).generate_state(1)[0])
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.1 ms and more
             return self.transform(image), label, bad
 
 
-class StreamSampler:
+def stream_batches(start, stop, batch_size, rank=0, world=1, accum_steps=1):
     """Sample numbers for a rank: step s is [s*B, (s+1)*B), sliced by rank, each slice by accumulation."""
-
-    def __init__(self, start, stop, batch_size, rank=0, world=1, accum_steps=1):
-        self.start, self.stop, self.batch_size = start, stop, batch_size
-        self.rank, self.world, self.accum_steps = rank, world, accum_steps
-
-    def __len__(self):
-        return (self.stop - self.start) * self.accum_steps
-
-    def __iter__(self):
-        micro = self.batch_size // (self.world * self.accum_steps)
-        for step in range(self.start, self.stop):
-            for part in range(self.accum_steps):
-                first = step * self.batch_size + (self.rank * self.accum_steps + part) * micro
-                yield list(range(first, first + micro))
+    micro = batch_size // (world * accum_steps)
+    for step in range(start, stop):
+        for part in range(accum_steps):
+            first = step * batch_size + (rank * accum_steps + part) * micro
+            yield range(first, first + micro)
 
 
 def collate(samples):

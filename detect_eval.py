@@ -1,7 +1,8 @@
 """Transfer to detection and instance segmentation: the protocols of the paper's Tables 4 and 5.
 
   torchrun --nproc_per_node 8 detect_eval.py --pretrained runs/care_resnet50/encoder.pth     VOC in ./voc
-  python detect_eval.py --pretrained runs/demo/encoder.pth --protocol coco-fpn --data shapes --iterations 300
+  python detect_eval.py --pretrained runs/demo/encoder.pth --protocol coco-fpn --data shapes \\
+      --batch-size 4 --rois 64 --iterations 300
   python detect_eval.py --pretrained runs/demo/encoder.pth --export-detectron2 encoder.pkl
 
   voc-c4    Faster R-CNN: conv1-conv4 as backbone, conv5 and an extra batch norm as box head      Table 4
@@ -12,7 +13,6 @@ All layers and batch norms train (MoCo's protocol); what torchvision's models le
 The last line on stdout is one JSON object with the scores. The same command again resumes.
 """
 import contextlib
-import hashlib
 import io
 import json
 import math
@@ -33,15 +33,15 @@ from torchvision.models.detection import backbone_utils, faster_rcnn, mask_rcnn,
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image
+from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image, roi_align
 from tqdm import tqdm
 
-from care import ARCHS, Encoder, load_encoder
-from data import IMAGENET_MEAN, IMAGENET_STD, Shapes, Stream, StreamSampler, file_of, mask_box
+from care import ARCHS
+from data import IMAGENET_MEAN, IMAGENET_STD, Shapes, Stream, mask_box, open_images, stream_batches
 from train import (Unreadable, add_run_arguments, agree, average, catch_signals, default_workers, fail,
-                   ignore_signals, load_run, memory_gib, new_parser, open_log, open_run, parallelise,
-                   positive, save_files, set_precision, setup_ranks, user_errors, versions, write_line,
-                   write_whole)
+                   ignore_signals, memory_gib, new_parser, on_rank_0, open_encoder, open_log, open_run,
+                   parallelise, positive, restore, save_run, set_precision, setup_ranks, user_errors,
+                   versions, write_line, write_whole)
 
 PROTOCOLS = {  # iterations, steps after which the rate falls to a tenth, warm-up, shorter sides in training
     "voc-c4": (24000, (18000, 22000), 100, range(480, 801, 32)),
@@ -49,8 +49,6 @@ PROTOCOLS = {  # iterations, steps after which the rate falls to a tenth, warm-u
     "coco-fpn": (90000, (60000, 80000), 1000, range(640, 801, 32)),
 }
 FREE = ("workers", "out", "save_every", "log_every", "max_steps", "pretrained")  # the encoder's sha256 counts
-VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-               "person pottedplant sheep sofa train tvmonitor").split()
 
 
 # ------------------------------------------------------------------------------------------ arguments
@@ -70,7 +68,7 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=16, help="images over all ranks (default 16)")
     add("--lr", type=float, default=0.02, help="peak learning rate of SGD (default 0.02)")
     add("--min-size", type=int, nargs="+", metavar="PX", help="shorter sides, one drawn per image; testing "
-        "takes the last, and anchors scale with it (default 480-800 by 32, COCO 640-800)")
+        "takes the last, and anchors scale with it (default 480-800 by 32, COCO 640-800, shapes 128)")
     add("--rois", type=int, default=512, help="regions per image that train the heads (default 512); testing "
         "looks at twice as many proposals, 1000 at most")
     add = parser.add_argument_group("running").add_argument
@@ -79,27 +77,15 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     iterations, _, _, sizes = PROTOCOLS[args.protocol]
     args.iterations = iterations if args.iterations is None else args.iterations
-    args.min_size = args.min_size or list(sizes)
     args.data = args.data or args.protocol.partition("-")[0]
+    shapes = args.data.partition(":")[0] == "shapes"
+    args.min_size = args.min_size or ([128] if shapes else list(sizes))
     positive(args, "iterations", "batch_size", "rois", "save_every")
     if args.lr <= 0:
         fail(f"--lr {args.lr:g}: must be above 0")
-    if not 32 <= min(args.min_size) <= max(args.min_size) <= 1333:
-        fail(f"--min-size {args.min_size}: must lie between 32 and 1333, the longest side")
+    if any(size % 32 or not 32 <= size <= 1333 for size in args.min_size):
+        fail(f"--min-size {args.min_size}: must be multiples of 32, up to 1333, the longest side")
     return args
-
-
-def load_pretrained(args):
-    """The encoder of --pretrained; fills in arch and sha256. ValueError where load_encoder refuses a file."""
-    args.sha256 = None
-    if args.pretrained == "random":
-        torch.manual_seed(args.seed)
-        encoder = Encoder(args.arch or "resnet50")
-    else:
-        encoder = load_encoder(args.pretrained, args.arch, "imagenet")
-        args.sha256 = hashlib.sha256(Path(args.pretrained).read_bytes()).hexdigest()
-    args.arch = encoder.arch
-    return encoder
 
 
 def export_detectron2(encoder, path):
@@ -158,7 +144,8 @@ class Scenes(Shapes):
 class Voc(ConcatDataset):
     """VOC in root/VOCdevkit: trainval07+12 for `train`, test07 for `val`; `difficult` objects are crowd."""
 
-    classes = VOC_CLASSES
+    classes = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+               "person pottedplant sheep sofa train tvmonitor").split()
 
     def __init__(self, root, split):
         parts = [("2007", "trainval"), ("2012", "trainval")] if split == "train" else [("2007", "test")]
@@ -174,7 +161,7 @@ class Voc(ConcatDataset):
         objects = tree["annotation"]["object"]
         sides = [[float(o["bndbox"][side]) for side in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
         boxes = [(x0 - 1, y0 - 1, x1, y1) for x0, y0, x1, y1 in sides]  # VOC: from 1, last pixel included
-        labels = [VOC_CLASSES.index(o["name"]) + 1 for o in objects]
+        labels = [self.classes.index(o["name"]) + 1 for o in objects]
         return (image, new_target(image, boxes, labels, [o.get("difficult") == "1" for o in objects])), index
 
 
@@ -208,11 +195,8 @@ class Coco(CocoDetection):
 
 def open_source(data, protocol, split):
     """The source for `split` train or val. ValueError, in one line, where there is nothing to read."""
-    name, _, count = data.partition(":")
-    if name == "shapes":
-        if count and not (count.isdigit() and int(count)):
-            raise ValueError(f"--data {data}: N of shapes:N is the number of training images")
-        return Scenes(split, 200 if split == "val" else int(count or 1000), size=128)
+    if data.partition(":")[0] == "shapes":
+        return Scenes(split, 200 if split == "val" else len(open_images(data, "train")), size=128)
     if not Path(data).is_dir():
         raise ValueError(f"--data {data}: no such folder (nor shapes)")
     return (Voc if protocol == "voc-c4" else Coco)(data, split)
@@ -220,6 +204,8 @@ def open_source(data, protocol, split):
 
 def as_tensors(pair, flip=0.0):
     """(PIL image, target) -> (3, height, width) in 0..1 and target, mirrored with probability `flip`."""
+    if isinstance(pair, Image.Image):  # the stream's stand-in where too many cannot be read: the run will end
+        pair = pair, new_target(pair, [], [], [], [])
     image, target = TF.to_tensor(pair[0]), dict(pair[1])
     if torch.rand(()) < flip:
         image = image.flip(-1)
@@ -233,10 +219,11 @@ def as_tensors(pair, flip=0.0):
 def load_batches(stream, sampler, workers, device):
     """Batches of a Stream: images and targets (lists, on the device), image numbers, unreadable ones."""
     for samples in DataLoader(stream, batch_sampler=sampler, num_workers=workers, collate_fn=list,
-                              worker_init_fn=ignore_signals):
+                              pin_memory=device.type == "cuda", worker_init_fn=ignore_signals):
         pairs, indices, bad = zip(*samples)
         images = [image.to(device, non_blocking=True) for image, _ in pairs]
-        targets = [{name: value.to(device) for name, value in target.items()} for _, target in pairs]
+        targets = [{name: value.to(device, non_blocking=True) for name, value in target.items()}
+                   for _, target in pairs]
         yield (images, targets), indices, sum(bad, [])
 
 
@@ -268,16 +255,18 @@ def as_float32(out):
 def new_detector(encoder, protocol, classes, min_size=(800,), rois=512):
     """A torchvision detector around an encoder's own modules; takes lists of images in 0..1 and of targets.
 
-    classes: without background. Anchors are the protocol's where min_size ends in 800, and scale with it.
+    classes: without background. Anchors and the pyramid's levels are the protocol's where min_size ends in
+    800, and scale with it.
     """
     scale, outputs, width = min_size[-1] / 800, classes + 1, encoder.dim5
     sizes, ratios = [size * scale for size in (32, 64, 128, 256, 512)], (0.5, 1.0, 2.0)
-    align = partial(MultiScaleRoIAlign, sampling_ratio=0, canonical_scale=224 * scale)
     if protocol == "coco-fpn":
         layers, widths = {f"layer{i + 1}": str(i) for i in range(4)}, [width // 2 ** i for i in (3, 2, 1, 0)]
         backbone = backbone_utils.BackboneWithFPN(encoder, layers, widths, 256, norm_layer=nn.BatchNorm2d)
         anchors, rpn_width = AnchorGenerator([(size,) for size in sizes], [ratios] * 5), 256
-        before_nms, after_nms = (2000, 1000), (1000, min(1000, 2 * rois))  # in training, in testing
+        align = partial(MultiScaleRoIAlign, sampling_ratio=0, canonical_scale=224 * scale)
+        before_nms = {"training": 2000, "testing": 1000}
+        after_nms = {"training": 1000, "testing": min(1000, 2 * rois)}
         box = (align(list("0123"), 7), faster_rcnn.TwoMLPHead(256 * 7 * 7, 1024))
         predictor = faster_rcnn.FastRCNNPredictor(1024, outputs)
         mask = (align(list("0123"), 14), mask_rcnn.MaskRCNNHeads(256, [256] * 4, 1, nn.BatchNorm2d),
@@ -286,12 +275,13 @@ def new_detector(encoder, protocol, classes, min_size=(800,), rois=512):
         backbone = nn.Sequential(encoder.conv1, encoder.bn1, encoder.relu, encoder.maxpool, encoder.layer1,
                                  encoder.layer2, encoder.layer3)
         anchors, rpn_width = AnchorGenerator([sizes], [ratios]), encoder.dim4
-        before_nms, after_nms = (12000, 6000), (2000, min(1000, 2 * rois))
-        box = (align(["0"], 14), nn.Sequential(encoder.layer4, nn.BatchNorm2d(width)))  # (R, C5, 7, 7)
+        before_nms = {"training": 12000, "testing": 6000}
+        after_nms = {"training": 2000, "testing": min(1000, 2 * rois)}
+        align = lambda maps, boxes, sizes: roi_align(maps["0"], boxes, 14, 1 / 16, 0, aligned=True)
+        box = (align, nn.Sequential(encoder.layer4, nn.BatchNorm2d(width)))  # (R, C5, 7, 7)
         predictor = nn.Sequential(nn.AdaptiveAvgPool2d(1), faster_rcnn.FastRCNNPredictor(width, outputs))
         mask = (*box, mask_rcnn.MaskRCNNPredictor(width, 256, outputs))
     head = rpn.RPNHead(rpn_width, anchors.num_anchors_per_location()[0])
-    before_nms, after_nms = (dict(zip(("training", "testing"), counts)) for counts in (before_nms, after_nms))
     proposals = rpn.RegionProposalNetwork(anchors, head, 0.7, 0.3, 256, 0.5, before_nms, after_nms, 0.7)
     heads = (SharedHeads if protocol == "coco-c4" else roi_heads.RoIHeads)(
         *box, predictor, 0.5, 0.5, rois, 0.25, None, 0.05, 0.5, 100, *(mask if protocol != "voc-c4" else ()))
@@ -302,17 +292,6 @@ def new_detector(encoder, protocol, classes, min_size=(800,), rois=512):
 
 
 # -------------------------------------------------------------------------------------------- scoring
-def load_coco_tools():
-    """pycocotools' COCO, COCOeval and mask.encode; without it exit code 2, saying how to install it."""
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-        from pycocotools.mask import encode
-    except ImportError:
-        fail("scoring needs pycocotools: pip install pycocotools")
-    return COCO, COCOeval, encode
-
-
 def annotations(objects, image, masks):
     """COCO's records of the objects, a target's or a detection's, in image number `image`."""
     x0, y0, x1, y1 = objects["boxes"].cpu().double().unbind(1)
@@ -325,7 +304,8 @@ def annotations(objects, image, masks):
     if masks and out:
         stack = objects["masks"].reshape(len(out), *objects["masks"].shape[-2:]) > 0.5
         stack = stack.permute(1, 2, 0).cpu().numpy().astype(np.uint8)  # (height, width, n)
-        codes = load_coco_tools()[2](np.asfortranarray(stack))
+        from pycocotools.mask import encode
+        codes = encode(np.asfortranarray(stack))
         out = [one | {"segmentation": code} for one, code in zip(out, codes)]
     return out
 
@@ -335,7 +315,8 @@ def average_precisions(images, truth, found, masks):
 
     images: COCO's records of them (id, height, width); truth, found: lists of `annotations`.
     """
-    COCO, COCOeval, _ = load_coco_tools()
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
     scores, sets = {}, (COCO(), COCO())
     categories = [{"id": label} for label in sorted({one["category_id"] for one in truth})]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -355,29 +336,30 @@ def average_precisions(images, truth, found, masks):
 
 @torch.no_grad()
 def evaluate(model, source, args, rank, world, device, autocast):
-    """Scores of a detector on a whole source, on every rank. Exit code 2 where an image cannot be read."""
+    """Scores of a detector on a whole source; None but on rank 0. Exit code 2 if an image cannot be read."""
     model.eval()
     for buffer in model.buffers() if world > 1 else ():  # running statistics: rank 0's, if not synchronised
         dist.broadcast(buffer, 0)
     mine, size = range(rank, len(source), world), max(1, args.batch_size // world)
     sampler = [mine[i:i + size] for i in range(0, len(mine), size)]
     stream = Stream(source, as_tensors, args.seed, len(source), shuffle=False)
-    batches = load_batches(stream, sampler, args.workers, device)
+    unreadable = Unreadable(stream)
+    batches = map(unreadable.note, load_batches(stream, sampler, args.workers, device))
+    batches = tqdm(batches, "val", len(sampler), leave=False, disable=None if rank == 0 else True)
     masks, records = args.protocol != "voc-c4", ([], [], [])
-    hidden = None if rank == 0 else True
-    for (images, targets), indices, bad in tqdm(batches, "val", len(sampler), leave=False, disable=hidden):
-        if bad:
-            fail(f"{file_of(source, bad[0])}: cannot be read, so that the detector cannot be scored")
+    for (images, targets), indices, _ in batches:
         with autocast:
             found = model(images)
         for index, image, target, detection in zip(indices, images, targets, found):
             records[0].append({"id": index, "height": image.shape[1], "width": image.shape[2]})
             records[1].extend(annotations(target, index, masks))
             records[2].extend(annotations(detection, index, masks))
+    if unreadable.count():
+        fail("val cannot be scored without the images named above")
     parts = [records] * world
     if world > 1:
-        dist.all_gather_object(parts, records)
-    return average_precisions(*(sum(lists, []) for lists in zip(*parts)), masks)
+        dist.gather_object(records, parts if rank == 0 else None)
+    return average_precisions(*(sum(lists, []) for lists in zip(*parts)), masks) if rank == 0 else None
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -393,9 +375,13 @@ def main(argv=None):
     args = parse_args(argv)
     if args.export_detectron2:
         with user_errors():
-            export_detectron2(load_pretrained(args), args.export_detectron2)
+            encoder, _ = open_encoder(args.pretrained, args.arch, "imagenet", args.seed)
+            export_detectron2(encoder, args.export_detectron2)
         return
-    load_coco_tools()
+    try:
+        import pycocotools.cocoeval  # noqa: F401
+    except ImportError:
+        fail("scoring needs pycocotools: pip install pycocotools")
     stopping = catch_signals()
     rank, world, device = setup_ranks()
     torch.backends.cudnn.benchmark = False  # image sizes vary
@@ -404,30 +390,32 @@ def main(argv=None):
     parent = "runs/random" if args.pretrained == "random" else Path(args.pretrained).parent
     args.out = args.out or f"{parent}/{args.protocol}"
     with user_errors():
-        encoder = load_pretrained(args)
+        encoder, args.sha256 = open_encoder(args.pretrained, args.arch, "imagenet", args.seed)
+        args.arch = encoder.arch
         source, val = (open_source(args.data, args.protocol, split) for split in ("train", "val"))
         if args.batch_size % world or len(source) < args.batch_size:
             raise ValueError(f"--batch-size {args.batch_size}: must be a multiple of {world} ranks, at most "
                              f"{len(source)} training images")
         lock = open_run(args.out) if rank == 0 else None  # held until the process ends
-        checkpoint = load_run(args.out, args, FREE)
     torch.manual_seed(args.seed)
     model = new_detector(encoder, args.protocol, len(source.classes), args.min_size, args.rois).to(device)
-    groups = [{"params": [p for p in model.parameters() if (p.ndim == 1) == flat], "weight_decay": decay}
-              for flat, decay in ((True, 0.0), (False, 1e-4))]  # as Detectron2; but it decays biases
+    norms = {p for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+    groups = [{"params": [p for p in model.parameters() if (p in norms) == norm], "weight_decay": decay}
+              for norm, decay in ((True, 0.0), (False, 1e-4))]  # as Detectron2
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    for name, part in parts.items() if checkpoint else ():
-        part.load_state_dict(checkpoint[name])
-    done = checkpoint["step"] if checkpoint else 0
+    parts, args.images = {"model": model, "optimizer": optimizer, "scaler": scaler}, len(source)
+    done, known = restore(args.out, args, parts, FREE)
     model, parallel = parallelise(model, world, device)
     stop = min(args.iterations, args.max_steps or args.iterations)
     per_epoch = len(source) // args.batch_size * args.batch_size
     stream = Stream(source, partial(as_tensors, flip=0.5), args.seed, per_epoch)
-    unreadable = Unreadable(stream, checkpoint["unreadable"] if checkpoint else ())
-    sampler = StreamSampler(done, stop, args.batch_size, rank, world)
-    header = {"args": vars(args), "images": len(source), "steps": args.iterations, **versions(world, device)}
-    log = open_log(Path(args.out) / "log.jsonl", done, header) if rank == 0 else None
+    unreadable = Unreadable(stream, known)
+    sampler = stream_batches(done, stop, args.batch_size, rank, world)
+    header = {"args": vars(args), "steps": args.iterations, **versions(world, device)}
+    log = Path(args.out) / "log.jsonl"
+    with user_errors():
+        if rank == 0:
+            open_log(log, done, header)
     bar = tqdm(total=stop, initial=done, unit="step", disable=None if rank == 0 else True)
     model.train()
     for batch, _, _ in map(unreadable.note, load_batches(stream, sampler, args.workers, device)):
@@ -450,33 +438,27 @@ def main(argv=None):
         logging = done % args.log_every == 0 or done == args.iterations
         if not (logging or saving):
             continue
-        meters = average({name: value.detach() for name, value in losses.items()}, world)
-        if not all(map(math.isfinite, meters.values())):
-            fail(f"step {done}: the loss is not finite ({meters}); a smaller --lr may help", code=1)
-        count = unreadable.count()
-        if logging and rank == 0:
-            memory = round(memory_gib(device), 2)
-            write_line(log, {"step": done, "lr": lr, **meters, "memory_gib": memory, "unreadable": count})
-            bar.set_postfix(loss=f"{meters['loss']:.3f}", refresh=False)
+        values, count = average(losses, model, done, world), unreadable.count()
+        if logging:
+            line = {"step": done, "lr": lr, **values, "memory_gib": round(memory_gib(device), 2),
+                    "unreadable": count}
+            on_rank_0(write_line, log, line)
+            bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
         if saving:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"step": done, "args": vars(args), "unreadable": sorted(unreadable.known)}
-            save_files(args.out, last=partial(torch.save, state))
+            save_run(f"{args.out}/last.pth", args, done, parts, unreadable)
         if stopped:
             break
     bar.close()
 
-    if done < args.iterations:
-        result = f"{args.out}: stopped after step {done} of {args.iterations}; the same command goes on"
-    else:
-        result = evaluate(model, val, args, rank, world, device, autocast)
-        for name in ("protocol", "iterations", "batch_size", "lr", "seed", "arch", "data", "sha256"):
-            result[name] = getattr(args, name)
-        result = json.dumps(result | {"encoder": args.pretrained})
+    ending = f"{args.out}: stopped after step {done} of {args.iterations}; the same command goes on"
+    if done == args.iterations:
+        scores = evaluate(model, val, args, rank, world, device, autocast) or {}
+        names = "protocol iterations batch_size lr min_size rois precision seed arch data sha256".split()
+        result = scores | {name: getattr(args, name) for name in names} | {"encoder": args.pretrained}
+        on_rank_0(write_line, log, result)
+        ending = json.dumps(result)
     if rank == 0:
-        if done == args.iterations:
-            write_line(log, json.loads(result))
-        print(result)
+        print(ending)
     if world > 1:
         dist.destroy_process_group()
 

@@ -6,7 +6,6 @@
 
 The last line on stdout is one JSON object with the scores and the protocol. The same command again resumes.
 """
-import hashlib
 import json
 import math
 from functools import partial
@@ -21,12 +20,12 @@ from torch import nn
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from care import ARCHS, Encoder, load_encoder, pool
-from data import Stream, StreamSampler, crop_and_flip, normalize, open_images
+from care import ARCHS, pool
+from data import Stream, crop_and_flip, normalize, open_images, stream_batches
 from train import (Unreadable, add_data_arguments, add_run_arguments, agree, average, catch_signals,
-                   default_workers, fail, load_batches, load_run, memory_gib, new_parser, open_log, open_run,
-                   parallelise, positive, save_files, set_precision, set_size_and_stem, setup_ranks,
-                   user_errors, versions, write_line)
+                   default_workers, fail, load_batches, memory_gib, new_parser, on_rank_0, open_encoder,
+                   open_log, open_run, parallelise, positive, restore, save_run, set_precision,
+                   set_size_and_stem, setup_ranks, user_errors, versions, write_line, write_whole)
 
 FREE = ("data_root", "workers", "out", "log_every", "max_steps", "pretrained")  # pretrained: by its sha256
 
@@ -74,23 +73,19 @@ def setup(args, kind):
     rank, world, device = setup_ranks()
     autocast, _ = set_precision(args, device)
     default_workers(args, device)
-    path, lock = Path(args.pretrained), None
-    args.out = args.out or (f"runs/random/{kind}" if args.pretrained == "random" else str(path.parent / kind))
+    random, asked, lock = args.pretrained == "random", args.stem, None
+    args.out = args.out or str(Path("runs/random" if random else Path(args.pretrained).parent) / kind)
+    set_size_and_stem(args)
     with user_errors():
-        args.sha256, asked = None, args.stem
-        set_size_and_stem(args)
-        if args.pretrained == "random":
-            torch.manual_seed(args.seed)
-            encoder = Encoder(args.arch or "resnet50", args.stem)
-        else:
-            encoder = load_encoder(path, args.arch, asked)
-            args.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        stem = args.stem if random else asked
+        encoder, args.sha256 = open_encoder(args.pretrained, args.arch, stem, args.seed)
         args.arch, args.stem = encoder.arch, encoder.stem
         if any(side % encoder.stride or side < encoder.stride for side in args.image_size):
             raise ValueError(f"--image-size {args.image_size}: encoder needs multiples of {encoder.stride}")
         if rank == 0:
             lock = open_run(args.out)
-            open_images(args.data, "train", args.data_root, max(args.image_size), download=True)
+            if args.data in ("cifar10", "stl10"):
+                open_images(args.data, "train", args.data_root, download=True)
     with user_errors():
         train, val = (open_images(args.data, split, args.data_root, max(args.image_size))
                       for split in ("train", "val"))
@@ -107,10 +102,7 @@ def labels_of(source):
     if isinstance(source, Subset):
         labels = labels_of(source.dataset)
         return [labels[index] for index in source.indices]
-    for name in ("targets", "labels"):  # ImageFolder, CIFAR10; STL10
-        if hasattr(source, name):
-            return [int(label) for label in getattr(source, name)]
-    return [index % len(source.classes) for index in range(len(source))]  # Shapes
+    return [int(label) for label in (source.labels if hasattr(source, "labels") else source.targets)]  # STL10
 
 
 def split_by_class(labels, per_class, seed):
@@ -131,20 +123,26 @@ def random_crop(image, size):
 
 def centre_crop(image, size):
     """A PIL image -> shorter side 256/224 of the input's longer, centre crop, (3, height, width) uint8."""
-    image = TF.resize(image, round(max(size) * 256 / 224))
+    image = TF.resize(image, round(max(size) * 256 / 224), max_size=2 ** 16)  # of very long ones, a part
     return TF.pil_to_tensor(TF.center_crop(image, size))
 
 
 # ---------------------------------------------------------------------------------------- evaluation
 def batches_in_order(run, args, source, what):
-    """Centre crops of a rank's share of a data set: yields (images, labels). Exit code 2 on a bad image."""
+    """Centre crops of a rank's share of a data set: yields (images, labels). Exit code 2 on a bad image.
+
+    A signal ends the script: what was trained is saved.
+    """
     crop = partial(centre_crop, size=args.image_size)
     stream = Stream(source, crop, args.seed, len(source), shuffle=False)
     share, size = range(run.rank, len(source), run.world), max(1, args.batch_size // run.world)
     batches = [share[i:i + size] for i in range(0, len(share), size)]
     loader = load_batches(stream, batches, args.workers, run.device)
     unreadable = Unreadable(stream)
-    for batch in tqdm(loader, desc=what, leave=False, disable=run.rank > 0 or None):
+    together = len(source) // run.world // size  # batches that every rank has
+    for number, batch in enumerate(tqdm(loader, desc=what, leave=False, disable=run.rank > 0 or None)):
+        if number < together and agree(bool(run.stopping)):
+            stop(run, args, "stopped while scoring")
         crops, labels, _ = unreadable.note(batch)
         x = normalize(crops.to(run.device, non_blocking=True))
         yield x.contiguous(memory_format=torch.channels_last), labels.to(run.device, non_blocking=True)
@@ -162,9 +160,8 @@ def count_correct(scores, labels):
 def evaluate(run, args, model, source, what="val"):
     """Top-1 and top-5 in percent of each of the model's heads on a whole data set: [(top1, top5), ...]."""
     model.eval()
-    for buffer in model.buffers():  # running statistics: rank 0's, where they are not synchronised
-        if run.world > 1:
-            dist.broadcast(buffer, 0)
+    for buffer in model.buffers() if run.world > 1 else ():  # rank 0's, where they are not synchronised
+        dist.broadcast(buffer, 0)
     total = torch.zeros(len(model.heads), 2, dtype=torch.long, device=run.device)
     for x, labels in batches_in_order(run, args, source, what):
         with run.autocast:
@@ -178,21 +175,16 @@ def evaluate(run, args, model, source, what="val"):
 def features(run, args, encoder, source, what):
     """Pooled conv5 features of a data set, l2-normalised, and labels: (N, dim5), (N,), on every rank."""
     encoder.eval()
-    parts = [torch.zeros(0, encoder.dim5, device=run.device)]  # a rank may have no image
-    labels = [torch.zeros(0, dtype=torch.long, device=run.device)]
+    bank = torch.zeros(len(source), encoder.dim5, device=run.device)
+    labels = torch.zeros(len(source), dtype=torch.long, device=run.device)
+    start = run.rank
     for x, y in batches_in_order(run, args, source, what):
+        rows = slice(start, start + len(x) * run.world, run.world)
         with run.autocast:
-            parts.append(F.normalize(pool(encoder(x)[1]).float(), dim=1))
-        labels.append(y)
-    bank, labels = torch.cat(parts), torch.cat(labels)
-    if run.world > 1:  # shards differ by at most one row: pad, gather, drop the padding (label -1)
-        padding = -(-len(source) // run.world) - len(bank)
-        bank, labels = F.pad(bank, (0, 0, 0, padding)), F.pad(labels, (0, padding), value=-1)
-        banks, all_labels = ([torch.empty_like(t) for _ in range(run.world)] for t in (bank, labels))
-        dist.all_gather(banks, bank)
-        dist.all_gather(all_labels, labels)
-        bank, labels = torch.cat(banks), torch.cat(all_labels)
-        bank, labels = bank[labels >= 0], labels[labels >= 0]
+            bank[rows] = F.normalize(pool(encoder(x)[1]).float(), dim=1)
+        labels[rows], start = y, rows.stop
+    for part in (bank, labels) if run.world > 1 else ():  # 0 where another rank has the row
+        dist.all_reduce(part)
     return bank, labels
 
 
@@ -255,23 +247,20 @@ def fit(run, args, out, model, optimizer, source, epochs):
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     steps_per_epoch = len(source) // args.batch_size
     total_steps = epochs * steps_per_epoch
-    with user_errors():
-        checkpoint = load_run(out, args, FREE) or {}
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-    start = checkpoint.get("step", 0)
+    parts, args.images = {"model": model, "optimizer": optimizer, "scaler": scaler}, len(source)
+    start, known = restore(out, args, parts, FREE)
     model, parallel = parallelise(model, world, device)
     crop = partial(random_crop, size=args.image_size)
     dataset = Stream(source, crop, args.seed, steps_per_epoch * args.batch_size)
-    unreadable = Unreadable(dataset, checkpoint.get("unreadable", ()))
-    stop = min(total_steps, args.max_steps or total_steps)
-    sampler = StreamSampler(start, stop, args.batch_size, rank, world)
-    header = {"args": vars(args), "images": len(source), "steps": total_steps, **versions(world, device)}
+    unreadable = Unreadable(dataset, known)
+    last = min(total_steps, args.max_steps or total_steps)
+    sampler = stream_batches(start, last, args.batch_size, rank, world)
+    header = {"args": vars(args), "steps": total_steps, **versions(world, device)}
+    log = Path(out) / "log.jsonl"
     with user_errors():
-        log = open_log(Path(out) / "log.jsonl", start, header) if rank == 0 else None
-    bar = tqdm(total=stop, initial=start, unit="step", desc=Path(out).name, disable=rank > 0 or None)
+        if rank == 0:
+            open_log(log, start, header)
+    bar = tqdm(total=last, initial=start, unit="step", desc=Path(out).name, disable=rank > 0 or None)
 
     model.train()
     done, stopped = start, False
@@ -292,31 +281,33 @@ def fit(run, args, out, model, optimizer, source, epochs):
         done += 1
         stopped = bool(agree(bool(run.stopping)))
         logging = done % args.log_every == 0 or done == total_steps
-        saving = done % steps_per_epoch == 0 or done == stop or stopped
-        if logging or saving:
-            meters = average({f"loss_{i}": loss.detach() for i, loss in enumerate(losses)}, world)
-            if not all(map(math.isfinite, meters.values())):
-                fail(f"step {done}: the loss is not finite ({meters}); a smaller --lr may help", code=1)
-            count = unreadable.count()
-            if logging and rank == 0:
-                write_line(log, {"step": done, "epoch": round(done / steps_per_epoch, 4),
-                                 "lr": [group["lr"] for group in optimizer.param_groups],
-                                 "loss": list(meters.values()), "memory_gib": round(memory_gib(device), 2),
-                                 "unreadable": count})
-                bar.set_postfix(loss=f"{meters['loss_0']:.3f}", refresh=False)
+        saving = done % max(100, steps_per_epoch) == 0 or done == last or stopped
+        if not (logging or saving):
+            continue
+        values = average({f"loss_{i}": loss for i, loss in enumerate(losses)}, model, done, world)
+        count = unreadable.count()
+        if logging:
+            line = {"step": done, "epoch": round(done / steps_per_epoch, 4),
+                    "lr": [group["lr"] for group in optimizer.param_groups], "loss": list(values.values()),
+                    "memory_gib": round(memory_gib(device), 2), "unreadable": count}
+            on_rank_0(write_line, log, line)
+            bar.set_postfix(loss=f"{values['loss_0']:.3f}", refresh=False)
         if saving:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "args": vars(args),
-                     "scaler": scaler.state_dict(), "step": done, "unreadable": sorted(unreadable.known)}
-            save_files(out, last=partial(torch.save, state))
+            save_run(Path(out) / "last.pth", args, done, parts, unreadable)
         if stopped:
             break
     bar.close()
     if done < total_steps:
-        if rank == 0:
-            print(f"{out}: stopped after step {done} of {total_steps}; the same command goes on")
-        finish(run, args)
-        raise SystemExit(0)
+        stop(run, args, f"{out}: stopped after step {done} of {total_steps}")
     return model
+
+
+def stop(run, args, what):
+    """Leave the process group and the script."""
+    if run.rank == 0:
+        print(f"{what}; the same command goes on")
+    finish(run, args)
+    raise SystemExit(0)
 
 
 def base_result(args):
@@ -325,11 +316,12 @@ def base_result(args):
 
 
 def finish(run, args, result=None):
-    """Print the result as one JSON line, add it to the log, leave the process group."""
-    if run.rank == 0 and result:
-        with open(Path(args.out) / "log.jsonl", "a") as log:
-            write_line(log, result)
-        print(json.dumps(result))
+    """Print the result as one JSON line, add it with the arguments to the log, leave the process group."""
+    if result:
+        line = result | {"args": vars(args), **versions(run.world, run.device)}
+        on_rank_0(write_line, Path(args.out) / "log.jsonl", line)
+        if run.rank == 0:
+            print(json.dumps(result))
     if run.world > 1:
         dist.destroy_process_group()
 
@@ -340,9 +332,6 @@ def main(argv=None):
     run = setup(args, "knn" if args.knn else "linear")
     if args.knn:
         result = knn(run, args) | {"protocol": "knn", "k": 20, "temperature": 0.07}
-        if run.rank == 0:
-            header = {"args": vars(args), **versions(run.world, run.device)}
-            open_log(Path(args.out) / "log.jsonl", 0, header).close()
         return finish(run, args, base_result(args) | result)
 
     before = {name: value.clone() for name, value in run.encoder.state_dict().items()}
@@ -372,9 +361,9 @@ def main(argv=None):
         fail(f"the frozen encoder has moved ({len(changed)} tensors, first {changed[0]}): no score", code=1)
     classifier = {"head": args.head, "classes": run.train.classes, "sha256": args.sha256,
                   "state": model.heads[best].state_dict()}
-    save_files(args.out, classifier=partial(torch.save, classifier))
+    on_rank_0(write_whole, f"{args.out}/classifier.pth", partial(torch.save, classifier))
     result = {"top1": top1, "top5": top5, "protocol": "linear", "head": args.head, "lr": args.lr[best],
-              "epochs": args.epochs, "batch_size": args.batch_size, "percent": 100}
+              "epochs": args.epochs, "batch_size": args.batch_size, "percent": 90 if held_out else 100}
     finish(run, args, base_result(args) | result | choice)
 
 

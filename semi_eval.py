@@ -33,7 +33,7 @@ def parse_args(argv=None):
     add("--head-lr", type=float, help="learning rate of the classifier (default: that of the encoder)")
     args = parser.parse_args(argv)
     positive(args, "batch_size")
-    if min(args.epochs) < 1 or min(args.lr) <= 0 or (args.head_lr or 1) <= 0:
+    if min(args.epochs) < 1 or min(args.lr) <= 0 or (args.head_lr is not None and args.head_lr <= 0):
         fail("--epochs, --lr and --head-lr must be above 0")
     return args
 
@@ -54,7 +54,7 @@ def names_of(source):
 def read_subset(path, source):
     """Indices of the images that a list names, one a line. ValueError if one is unknown, a class empty."""
     index = {name: i for i, name in enumerate(names_of(source))}
-    wanted = Path(path).read_text().split()
+    wanted = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     missing = [name for name in wanted if name not in index]
     if missing:
         raise ValueError(f"{path}: {len(missing)} of {len(wanted)} names are not in the training images, "

@@ -9,6 +9,7 @@ resuming needs), encoder.pth (plain torchvision keys, what evaluation needs) and
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -34,14 +35,15 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from care import (ARCHS, CARE, METHODS, POSITIONS, TAPS, check_state, load_checkpoint, pool, save_encoder,
-                  tau_at)
-from data import Stream, StreamSampler, TwoViews, augment, collate, draw, file_of, open_images
+from care import (ARCHS, CARE, METHODS, POSITIONS, TAPS, Encoder, check_state, load_checkpoint, load_encoder,
+                  pool, save_encoder, tau_at)
+from data import Stream, TwoViews, augment, collate, draw, file_of, open_images, stream_batches
 
 # What may differ when a run is resumed: speed, place and output, never the mathematics.
 FREE = ("data_root", "workers", "compile", "out", "save_every", "keep_epochs", "log_every", "max_steps",
         "bench")
 MODEL_ARGS = "arch image_size method blocks heads position tap detach_trunk lambda_att stem".split()
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SIZES = {"cifar10": (32, "cifar"), "stl10": (96, "imagenet"), "shapes": (64, "imagenet")}  # pixels, stem
 
 
@@ -131,10 +133,10 @@ def set_size_and_stem(args):
 
 
 def positive(args, *names):
-    """Exit code 2 unless these arguments, and two that all scripts have, are at least 1 (or not given)."""
-    for name in (*names, "log_every", "max_steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    """Exit code 2 unless these arguments, and those of all scripts, are large enough (or not given)."""
+    for name, least in (*((name, 1) for name in names), ("log_every", 1), ("max_steps", 1), ("seed", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
 
 
 def fail(message, code=2):
@@ -153,6 +155,8 @@ def user_errors():
     except (ValueError, OSError) as caught:
         error = caught
     if agree(error is not None):
+        if error and os.environ.get("LOCAL_RANK", "0") != "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
         fail(error or "another rank could not start")
 
 
@@ -218,10 +222,10 @@ def open_run(out):
 
 
 def load_run(out, args, free=FREE):
-    """The checkpoint to go on from, or None. ValueError when an argument that is not `free` differs."""
+    """The checkpoint to go on from, {} if none. ValueError when an argument that is not `free` differs."""
     path = Path(out) / "last.pth"
     if not path.exists():
-        return None
+        return {}
     checkpoint = load_checkpoint(path)
     missing = {"args", "model", "optimizer", "scaler", "step", "unreadable"} - set(checkpoint)
     if missing:
@@ -232,6 +236,25 @@ def load_run(out, args, free=FREE):
         changed = "; ".join(f"{name} was {then.get(name)}, is {now.get(name)}" for name in names)
         raise ValueError(f"{path}: of another run ({changed}); repeat its arguments or choose another --out")
     return checkpoint
+
+
+def restore(out, args, parts, free=FREE):
+    """Load `parts`, by name, from the run's last.pth -> its step, 0 without one, and unreadable images."""
+    with user_errors():
+        checkpoint = load_run(out, args, free)
+        if checkpoint:
+            check_state(Path(out) / "last.pth", checkpoint["model"], parts["model"].state_dict())
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint[name])
+    return checkpoint.get("step", 0), checkpoint.get("unreadable", ())
+
+
+def open_encoder(pretrained, arch, stem, seed):
+    """The encoder of --pretrained and its file's sha256 (random: None). ValueError as of load_encoder."""
+    if pretrained == "random":
+        torch.manual_seed(seed)
+        return Encoder(arch or "resnet50", stem or "imagenet"), None
+    return load_encoder(pretrained, arch, stem), hashlib.sha256(Path(pretrained).read_bytes()).hexdigest()
 
 
 def write_whole(path, save):
@@ -247,26 +270,21 @@ def write_whole(path, save):
 
 
 def open_log(path, step, header):
-    """Open a JSONL log to go on after `step`: later and broken lines are cut. -> file"""
+    """Begin a JSONL log or, after step 0, cut the one there: later and broken lines go. Add the header."""
     kept = []
     if step and Path(path).exists():
         for line in Path(path).read_text().splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 if json.loads(line).get("step", 0) <= step:
                     kept.append(line + "\n")
+    kept.append(json.dumps(header | ({"resumed_at": step} if step else {})) + "\n")
     write_whole(path, lambda buffer: buffer.write("".join(kept).encode()))
-    log = open(path, "a")
-    write_line(log, header | ({"resumed_at": step} if step else {}))
-    return log
 
 
-def write_line(log, fields):
-    """Append one JSON line; exit code 1 when the disk refuses."""
-    try:
+def write_line(path, fields):
+    """Append one JSON line."""
+    with open(path, "a") as log:
         log.write(json.dumps(fields) + "\n")
-        log.flush()
-    except OSError as error:
-        fail(f"cannot write {log.name} ({error}); the last checkpoint is still there", code=1)
 
 
 def versions(world, device):
@@ -281,18 +299,18 @@ def catch_signals():
     received = []
 
     def handler(number, frame):
-        if received:
-            os._exit(128 + number)
         received.append(number)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, handler)
     return received
 
 
 def ignore_signals(worker):
     """In a worker process: the main process decides when to stop."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -334,7 +352,7 @@ class Unreadable:
             self.known = set().union(*known)
         images = len(self.dataset.source)
         if len(self.known) > max(1, images / 100):
-            fail(f"{len(self.known)} of {images} images cannot be read: mend or remove those named above")
+            fail(f"{len(self.known)} of {images} images cannot be read: mend those named above")
         return len(self.known)
 
 
@@ -387,12 +405,20 @@ def pretrain_step(model, optimizer, scaler, autocast, pairs, accum_steps, lr, ta
     return meters
 
 
-def average(meters, world):
-    """Meters on the device -> floats, averaged over the ranks. Waits for the device."""
-    values = torch.stack(list(meters.values())).float()
+def average(meters, model, step, world):
+    """Meters on the device -> floats, averaged over the ranks. Waits for the device.
+
+    Exit code 1 unless they and the model's weights are finite.
+    """
+    values = torch.stack([value.detach() for value in meters.values()]).float()
     if world > 1:
         dist.all_reduce(values)
-    return dict(zip(meters, (values / world).tolist()))
+    values = dict(zip(meters, (values / world).tolist()))
+    norms = torch.stack(torch._foreach_norm(list(model.parameters())))
+    if not all(map(math.isfinite, values.values())) or not norms.isfinite().all():
+        parts = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        fail(f"step {step}: loss or weights not finite ({parts}); the last good checkpoint stays", code=1)
+    return values
 
 
 def memory_gib(device):
@@ -402,22 +428,23 @@ def memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
-def weights_finite(model):
-    """Whether every weight is finite. Waits for the device."""
-    return bool(torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all())
-
-
-def save_files(out, **writers):
-    """Rank 0 writes NAME.pth by `writers[NAME](buffer)`, whole or not at all. If it cannot, all exit: 1."""
+def on_rank_0(write, file, what):
+    """Rank 0 runs write(file, what); every rank calls this. Where the disk refuses, all exit with 1."""
     error = None
     try:
         if not dist.is_initialized() or dist.get_rank() == 0:
-            for name, save in writers.items():
-                write_whole(Path(out) / f"{name}.pth", save)
+            write(file, what)
     except OSError as caught:
-        error = caught
+        error = f"cannot write {file} ({caught}); the last checkpoint is still there"
     if agree(error is not None):
-        fail(f"cannot write to {out} ({error}); the previous checkpoint is still there", code=1)
+        fail(error or "rank 0 cannot write", code=1)
+
+
+def save_run(path, args, step, parts, unreadable, **more):
+    """Write a checkpoint, whole or not at all: the state of `parts`, what resuming needs, and `more`."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"step": step, "args": vars(args), "unreadable": sorted(unreadable.known), **more}
+    on_rank_0(write_whole, path, partial(torch.save, state))
 
 
 # ----------------------------------------------------------------------------------------------- bench
@@ -504,7 +531,7 @@ def bench_data(args, device):
     workers, rates = max(1, args.workers), {}
     for mode in ("worker", "device"):
         dataset = Stream(source, TwoViews(args.image_size, mode, args.crop_min), args.seed, len(source))
-        batches = iter(load_batches(dataset, StreamSampler(0, 60, 16), workers, device))
+        batches = iter(load_batches(dataset, stream_batches(0, 20 * workers, 16), workers, device))
         for _ in range(4 * workers):
             next(batches)
         start, count = time.perf_counter(), 0
@@ -517,50 +544,50 @@ def bench_data(args, device):
 # ------------------------------------------------------------------------------------------------ main
 def main(argv=None):
     args = parse_args(argv)
-    stopping = catch_signals()
     rank, world, device = setup_ranks()
     autocast, scaler = set_precision(args, device)
     default_workers(args, device)
     if args.bench:
+        if world > 1:
+            fail("--bench measures one process: run it without torchrun")
         bench_data(args, device) if args.bench == "data" else bench_step(args, autocast, scaler, device)
         return
+    stopping = catch_signals()
     if args.batch_size % (world * args.accum_steps) or args.batch_size < 2 * world * args.accum_steps:
         fail(f"--batch-size {args.batch_size}: must be a multiple of {world} ranks x {args.accum_steps} "
              "accumulation steps, with at least 2 images for each")
 
     # data, model, and where an earlier run of the same command got to
+    source = None
     with user_errors():
-        if rank == 0:
+        if rank == 0:  # one rank downloads
             lock = open_run(args.out)  # held until the process ends
-            open_images(args.data, "pretrain", args.data_root, max(args.image_size), download=True)
+            source = open_images(args.data, "pretrain", args.data_root, max(args.image_size), download=True)
     with user_errors():
-        source = open_images(args.data, "pretrain", args.data_root, max(args.image_size))
-        if len(source) < args.batch_size:
-            raise ValueError(f"{args.data}: {len(source)} images, fewer than --batch-size {args.batch_size}")
-        checkpoint = load_run(args.out, args) or {}
+        source = source or open_images(args.data, "pretrain", args.data_root, max(args.image_size))
+        args.images = len(source)
+        if args.images < args.batch_size:
+            raise ValueError(f"{args.data}: {args.images} images, fewer than --batch-size {args.batch_size}")
         torch.manual_seed(args.seed)
         model_args = {name: getattr(args, name) for name in MODEL_ARGS}
         model, optimizer = new_model(model_args, args, device)
-    if checkpoint:
-        with user_errors():
-            check_state(Path(args.out) / "last.pth", checkpoint["model"], model.state_dict())
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-    start = checkpoint.get("step", 0)
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    start, known = restore(args.out, args, parts)
     steps_per_epoch = len(source) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     stop = min(total_steps, args.max_steps or total_steps)
     views = TwoViews(args.image_size, args.augment, args.crop_min)
     dataset = Stream(source, views, args.seed, steps_per_epoch * args.batch_size)
-    sampler = StreamSampler(start, stop, args.batch_size, rank, world, args.accum_steps)
-    unreadable = Unreadable(dataset, checkpoint.get("unreadable", ()))
+    sampler = stream_batches(start, stop, args.batch_size, rank, world, args.accum_steps)
+    unreadable = Unreadable(dataset, known)
 
     model, parallel = parallelise(model, world, device)
-    header = {"args": vars(args), "images": len(source), "steps": total_steps, **versions(world, device)}
+    header = {"args": vars(args), "steps": total_steps, **versions(world, device)}
+    log = Path(args.out) / "log.jsonl"
     with user_errors():
-        log = open_log(Path(args.out) / "log.jsonl", start, header) if rank == 0 else None
+        if rank == 0:
+            open_log(log, start, header)
     bar = tqdm(total=stop, initial=start, unit="step", disable=None if rank == 0 else True)
 
     # the loop: views, two half steps, optimiser, momentum update, log, save
@@ -580,32 +607,25 @@ def main(argv=None):
         keeping = args.keep_epochs > 0 and done % (args.keep_epochs * steps_per_epoch) == 0
         if not (logging or saving or keeping):
             continue
-        values = average(meters, world)
-        if not all(map(math.isfinite, values.values())) or not weights_finite(model):
-            parts = ", ".join(f"{name} {value:g}" for name, value in values.items())
-            fail(f"step {done}: loss or weights not finite ({parts}); the last good checkpoint stays", code=1)
-        count = unreadable.count()
-        if logging and rank == 0:
+        values, count = average(meters, model, done, world), unreadable.count()
+        if logging:
             rate = (done - logged_step) * args.batch_size / (time.time() - logged_at)
-            write_line(log, {"step": done, "epoch": round(done / steps_per_epoch, 4), "lr": lr, "tau": tau,
-                             **values, "images/s": round(rate, 1), "memory_gib": round(memory_gib(device), 2),
-                             "unreadable": count})
+            line = {"step": done, "epoch": round(done / steps_per_epoch, 4), "lr": lr, "tau": tau, **values,
+                    "images/s": round(rate, 1), "memory_gib": round(memory_gib(device), 2),
+                    "unreadable": count}
+            on_rank_0(write_line, log, line)
             logged_at, logged_step = time.time(), done
             bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
-        if saving or keeping:
-            checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
-                          "scaler": scaler.state_dict(), "args": vars(args), "model_args": model_args,
-                          "unreadable": sorted(unreadable.known)}
-            kept = {f"epoch{done // steps_per_epoch:04d}": partial(torch.save, checkpoint)} if keeping else {}
-            save_files(args.out, last=partial(torch.save, checkpoint),
-                       encoder=partial(save_encoder, model.online.encoder), **kept)
+        if saving or keeping:  # last.pth comes last: a step that it holds has all its files
+            on_rank_0(write_whole, f"{args.out}/encoder.pth", partial(save_encoder, model.online.encoder))
+            for name in [f"epoch{done // steps_per_epoch:04d}"] * keeping + ["last"]:
+                save_run(f"{args.out}/{name}.pth", args, done, parts, unreadable, model_args=model_args)
         if stopped:
             break
     bar.close()
 
-    if start >= stop:  # all was done before, but perhaps killed before the last file was written
-        save_files(args.out, encoder=partial(save_encoder, model.online.encoder))
     if rank == 0:
+        stopped = stopped and done < total_steps
         ending = "stopped, the same command goes on" if stopped else f"encoder in {args.out}/encoder.pth"
         print(f"step {done} of {total_steps}: {ending}")
     if world > 1:

@@ -9,12 +9,12 @@ Grad-CAM of a score s at a feature map A (Selvaraju et al., ICCV 2017, https://a
   weight(c) = sum over y, x of ds / dA(c, y, x)      map(y, x) = relu(sum over c of weight(c) A(c, y, x))
 paper: the gradient's mean. here: its sum, so a score w.z, z = pool(A), is the map's mean before the relu.
 --target similarity: s = z.z' / |z| with |z| and z', the normalised z of the mirrored image, held fixed, so
-  map(y, x) = relu(A(y, x).z' / |z|): its mean before the relu is the cosine of the two, maps of different
-  encoders compare. (The gradient of the cosine itself would give maps that sum to zero.)
+  map(y, x) = relu(A(y, x).z' / |z|). Its mean before the relu is the cosine of the two, so that maps of
+  different encoders compare. (The gradient of the cosine itself would give maps that sum to zero.)
 --target class: s = score of the predicted class, or of --class N, by a classifier of linear_eval.py.
-T-stream: the softmax of CARE's Eq. (2) at a query, averaged over heads, times the positions: 1 is uniform.
+T-stream: the softmax of CARE's Eq. (2) at a query, averaged over heads, times the number of positions, so
+  that 1 is uniform attention.
 """
-import hashlib
 import json
 import math
 from itertools import cycle, repeat
@@ -29,9 +29,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-from care import ARCHS, CARE, Encoder, check_state, load_checkpoint, load_encoder, pool
-from data import ImageFiles, normalize, open_images
-from train import fail, new_parser, user_errors, write_whole
+from care import ARCHS, CARE, check_state, load_checkpoint, pool
+from data import normalize, open_images
+from train import fail, new_parser, open_encoder, user_errors, write_whole
 
 CELL, GAP, BAR, TOP = 160, 8, 60, 22  # pixels: longer side of an image, between images, colour bar, titles
 ANCHORS = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # black to yellow
@@ -68,6 +68,8 @@ def parse_args(argv=None):
         fail("give either --pretrained, encoders to look at, or --curves, runs to draw")
     if args.out.suffix.lower() != ".png":
         fail(f"--out {args.out}: must end in .png")
+    if args.out.stem == "log":
+        fail(f"--out {args.out}: the scores beside it would take the name of a run's log")
     if not 0 <= args.samples <= 1000 or not all(0 <= part <= 1 for part in args.query):
         fail("--samples must lie between 0 and 1000, both numbers of --query between 0 and 1")
     classifiers = len(args.pretrained or ()) if args.target == "class" else 0
@@ -80,18 +82,13 @@ def parse_args(argv=None):
 def load(args, path, classifier):
     """An encoder with its title and sha256, its head and classes (--target class), its model (--t-stream)."""
     name = Path(path).parent.name if Path(path).stem in ("encoder", "last") else Path(path).stem
-    one = SimpleNamespace(path=path, title=name or path, sha256=None, head=None, model=None)
-    if path == "random":
-        torch.manual_seed(args.seed)
-        one.encoder = Encoder(args.arch or "resnet50", args.stem or "imagenet")
-    else:
-        one.encoder = load_encoder(path, args.arch, args.stem)
-        one.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    one = SimpleNamespace(path=path, title=name or path, head=None, model=None)
+    one.encoder, one.sha256 = open_encoder(path, args.arch, args.stem, args.seed)
     if args.image_size < 1 or args.image_size % one.encoder.stride:
         raise ValueError(f"--image-size {args.image_size}: {path} needs a multiple of {one.encoder.stride}")
     if classifier:
         saved = load_checkpoint(classifier)
-        if not isinstance(saved, dict) or saved.get("sha256", "") != one.sha256:
+        if not isinstance(saved, dict) or not one.sha256 or saved.get("sha256") != one.sha256:
             raise ValueError(f"{classifier}: not a classifier that linear_eval.py trained on this {path}")
         one.classes, count = saved["classes"], len(saved["classes"])
         norm = [nn.BatchNorm1d(count)] if saved["head"] == "linear-bn" else []
@@ -101,9 +98,9 @@ def load(args, path, classifier):
         if not 0 <= (args.label or 0) < count:
             raise ValueError(f"--class {args.label}: {classifier} knows the classes 0 to {count - 1}")
     if args.t_stream:
-        saved = load_checkpoint(path) if path != "random" else None
-        settings = saved.get("model_args") if isinstance(saved, dict) else None
-        if not settings or settings.get("method") == "byol":
+        saved = {} if path == "random" else load_checkpoint(path)
+        settings = saved.get("model_args", {"method": "byol"})
+        if settings["method"] == "byol":
             raise ValueError(f"--t-stream: {path} has no transformer; give last.pth of a run with a T-stream")
         one.model, one.model_size = CARE(**settings), settings["image_size"]
         check_state(path, saved["model"], one.model.state_dict())
@@ -135,7 +132,7 @@ def find_images(args):
         yield from (source[i][0] for i in range(5))
         return
     for path in args.images:
-        samples = ImageFiles(path).samples if Path(path).is_dir() else [(path, -1)]
+        samples = open_images(path, "pretrain").samples if Path(path).is_dir() else [(path, -1)]
         yield from (read_image(file) for file, _ in samples)
 
 
@@ -265,52 +262,37 @@ def draw_attention(args, encoders):
                 blocks = attention_maps(one.model, to_input(image, one.model_size, args.device), args.query)
                 attention += [(f"{one.title}: block {n}", heat[0]) for n, heat in enumerate(blocks, 1)]
         rows.append(draw_row(image, [maps, attention] if attention else [maps], attention and args.query))
-    return stack(rows)
-
-
-def draw_curve(name, logs):
-    """The field `name` of the logs against the step, where it is finite: 720 x 180 pixels."""
-    curves = [[(line["step"], line[name]) for line in log if math.isfinite(line.get(name, math.nan))]
-              for log in logs]
-    values = [value for curve in curves for _, value in curve] + [0.0] * name.startswith(("std", "lr"))
-    low, high, left, right, last = min(values), max(values), 80, 700, max(log[-1]["step"] for log in logs)
-    panel, font = Image.new("RGB", (720, 180), "white"), ImageFont.load_default(size=13)
-    draw = ImageDraw.Draw(panel)
-
-    def place(step, value):
-        return left + step / last * (right - left), 150 - (value - low) / max(high - low, 1e-12) * 120
-
-    for step, value in zip(np.linspace(0, last, 5), np.linspace(low, high, 5)):
-        x, y = place(step, value)
-        draw.line((left, y, right, y), "lightgray")
-        draw.text((left - 6, y), f"{value:.3g}", "black", font, anchor="rm")
-        draw.text((x, 154), f"{step:g}" if step else "step 0", "black", font, anchor="ma")
-    draw.line((left, 30, left, 150, right, 150), "black")
-    draw.text((left, 6), name, "black", font)
-    for colour, curve in zip(cycle(RUN_COLOURS), curves):
-        for point in curve[:1] + curve[-1:]:
-            draw.circle(place(*point), 2, colour)
-        draw.line([place(*point) for point in curve], colour, 2)
-    return panel
+    return Image.fromarray(np.concatenate([np.asarray(row) for row in rows]))
 
 
 def draw_curves(runs):
-    """A legend, then a panel for each of CURVES that any of these runs logged."""
-    logs, font = [read_log(run) for run in runs], ImageFont.load_default(size=13)
-    legend = Image.new("RGB", (720, 18 * len(runs) + 4), "white")
-    for i, (run, colour) in enumerate(zip(runs, cycle(RUN_COLOURS))):
-        ImageDraw.Draw(legend).rectangle((80, 18 * i + 9, 104, 18 * i + 13), colour)
-        ImageDraw.Draw(legend).text((112, 18 * i + 3), run, "black", font)
+    """A legend, then a panel of 720 x 180 pixels for each of CURVES that any of these runs logged."""
+    logs = [read_log(run) for run in runs]
     names = [name for name in CURVES if any(name in log[0] for log in logs)]
-    return stack([legend, *(draw_curve(name, logs) for name in names)])
-
-
-def stack(pictures):
-    """Pictures of one width, one below the other."""
-    figure, y = Image.new("RGB", (pictures[0].width, sum(picture.height for picture in pictures))), 0
-    for picture in pictures:
-        figure.paste(picture, (0, y))
-        y += picture.height
+    last, top = max(log[-1]["step"] for log in logs), 18 * len(runs) + 4
+    figure, font = Image.new("RGB", (720, top + 180 * len(names)), "white"), ImageFont.load_default(size=13)
+    draw = ImageDraw.Draw(figure)
+    for i, (run, colour) in enumerate(zip(runs, cycle(RUN_COLOURS))):
+        draw.rectangle((80, 18 * i + 9, 104, 18 * i + 13), colour)
+        draw.text((112, 18 * i + 3), run, "black", font)
+    for name, axis in zip(names, range(top + 150, figure.height, 180)):
+        curves = [[(line["step"], line[name]) for line in log if math.isfinite(line.get(name, math.nan))]
+                  for log in logs]
+        values = [value for curve in curves for _, value in curve] + [0.0] * name.startswith(("std", "lr"))
+        low, high = min(values), max(values)
+        scale = 120 / max(high - low, 1e-12)
+        place = lambda step, value: (80 + step / last * 620, axis - (value - low) * scale)
+        for step, value in zip(np.linspace(0, last, 5), np.linspace(low, high, 5)):
+            x, y = place(step, value)
+            draw.line((80, y, 700, y), "lightgray")
+            draw.text((74, y), f"{value:.3g}", "black", font, anchor="rm")
+            draw.text((x, axis + 4), f"{step:g}" if step else "step 0", "black", font, anchor="ma")
+        draw.line((80, axis - 120, 80, axis, 700, axis), "black")
+        draw.text((80, axis - 144), name, "black", font)
+        for colour, curve in zip(cycle(RUN_COLOURS), curves):
+            for point in curve[:1] + curve[-1:]:
+                draw.circle(place(*point), 2, colour)
+            draw.line([place(*point) for point in curve], colour, 2)
     return figure
 
 
@@ -326,10 +308,6 @@ def main(argv=None):
     if args.curves or args.images != ["shapes"] or not args.samples:
         return
     results = score(args, encoders)
-    print(f"{args.samples} shapes at {args.image_size} px, {args.layer}: percent inside the object")
-    print(f"{'':32}{'maximum':>10}{'map':>10}{'chance: its area':>20}")
-    for one, row in zip(encoders, results):
-        print(f"{one.title[:30]:32}{row['pointing']:10.1f}{row['energy']:10.1f}{row['area']:20.1f}")
     text = "".join(json.dumps(row) + "\n" for row in results)
     with user_errors():
         write_whole(args.out.with_suffix(".jsonl"), lambda file: file.write(text.encode()))
