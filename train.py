@@ -448,18 +448,23 @@ def save_run(path, args, step, parts, unreadable, **more):
 
 
 # ----------------------------------------------------------------------------------------------- bench
-def median_time(step, device, repeats=5):
-    """Median seconds of `step()` after one warm-up run, and its floating-point operations."""
+def count_flops(step):
+    """Floating-point operations of `step()`, which runs once."""
     with FlopCounterMode(display=False) as counter:
         step()
+    return counter.get_total_flops()
+
+
+def median_times(steps, device, repeats=5):
+    """Median seconds of each of `steps`, taken in turns."""
     seconds = []
-    for _ in range(repeats):
+    for step in steps * repeats:
         synchronize(device)
         start = time.perf_counter()
         step()
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), counter.get_total_flops()
+    return [statistics.median(seconds[i::len(steps)]) for i in range(len(steps))]
 
 
 def synchronize(device):
@@ -500,9 +505,11 @@ def bench_step(args, autocast, scaler, device):
         scaler.step(supervised)
         scaler.update()
 
-    seconds, flops = median_time(care_step, device)
+    flops = count_flops(care_step)
+    care_step()  # now the optimiser has its momentum too
     memory = memory_gib(device)
-    reference_seconds, reference_flops = median_time(supervised_step, device)
+    reference_flops = count_flops(supervised_step)
+    seconds, reference_seconds = median_times([care_step, supervised_step], device)
     model.register_forward_pre_hook(lambda *_: mark("online forward"))
     model.momentum.register_forward_pre_hook(lambda *_: mark("momentum forward"))
     model.momentum.register_forward_hook(lambda *_: mark("online forward"))
