@@ -1527,7 +1527,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(reference, tmp_pa
         assert (a["lr"], a["tau"], a["epoch"]) == (b["lr"], b["tau"], b["epoch"])
 
 
-def test_hostile_images(tmp_path):
+def test_hostile_images(tmp_path, monkeypatch):
     """Truncated, empty, not images, 1x1, very wide, decompression bombs: replaced or used, never a crash."""
     photo(0).save(tmp_path / "0.png")
     whole = (tmp_path / "0.png").read_bytes()
@@ -1552,9 +1552,13 @@ def test_hostile_images(tmp_path):
         assert views.shape == (2, 3, 32, 32) and torch.isfinite(data.augment(views, parameters)).all()
         bad |= {Path(data.file_of(files, index)).name for index in unreadable}
     assert bad == {*broken, "bomb.png"}
+    centre_crop, sides = TF.center_crop, []
+    monkeypatch.setattr(TF, "center_crop", lambda image, size: sides.append(max(image.size)) or
+                        centre_crop(image, size))
     for path, _ in files.samples:
         if Path(path).name not in bad:
             assert linear_eval.centre_crop(files.loader(path), (32, 32)).shape == (3, 32, 32)
+    assert max(sides) <= 2 ** 16  # the wide and the tall one were not blown up with their shorter side
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path, capsys):
