@@ -1400,6 +1400,17 @@ def test_a_signal_to_one_rank_stops_all(tmp_path):
     assert f"step {done} of 24: stopped" in Path(f"{tmp_path / 'run'}.err").read_text()
 
 
+def test_torchrun_passes_sigterm_on(tmp_path):
+    """All ranks save the same step and end; torchrun itself then exits non-zero."""
+    process = start(tmp_path / "run", *launcher(2), *LONG, "--out", tmp_path / "run")
+    wait_for_step(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    done = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["step"]
+    assert steps(tmp_path / "run")[-1]["step"] == done < 24
+    assert f"step {done} of 24: stopped" in Path(f"{tmp_path / 'run'}.err").read_text()
+
+
 def kill_and_resume(out, kills, reference, seed=0):
     """kill -9 at random moments, start-up and checkpoint writes included, then let it finish; compare."""
     random = np.random.RandomState(seed)
