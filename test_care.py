@@ -1173,7 +1173,7 @@ def test_knn_evaluation(encoder_file, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("count, batch_size, world", [(10, 4, 1), (10, 4, 2), (7, 6, 3), (2, 8, 4)])
-def test_every_image_is_evaluated_once(count, batch_size, world, monkeypatch):
+def test_every_image_is_evaluated_once(count, batch_size, world):
     args = SimpleNamespace(image_size=(32, 32), seed=0, batch_size=batch_size, workers=0)
     seen = []
     for rank in range(world):
@@ -1530,6 +1530,11 @@ def test_a_directory_in_use_is_refused(tmp_path, capsys):
     process.kill()
     process.wait()
     run(tmp_path / "run", "--max-steps", 1)
+
+
+def test_an_error_of_all_ranks_is_one_line(tmp_path):
+    result = torchrun(2, "train.py", *SMALL, "--batch-size", 64, "--out", tmp_path)
+    assert result.returncode != 0 and result.stderr.count("error: shapes:32: 32 images, fewer than") == 1
 
 
 def test_another_number_of_ranks_goes_on_with_the_same_batches(reference, tmp_path):
@@ -2473,7 +2478,9 @@ def test_an_unreadable_test_image_cannot_be_scored(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         evaluate(detector("voc-c4", classes=20), detect_eval.open_source(str(tmp_path), "voc-c4", "val"),
                  "voc-c4")
-    assert caught.value.code == 2 and "000003.jpg" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and re.search(r"cannot read .*000003\.jpg", error)
+    assert error.splitlines()[-1] == "error: val cannot be scored without the images named above"
     for path in (tmp_path / "VOCdevkit").rglob("*.jpg"):
         path.unlink()
     with pytest.raises(SystemExit) as caught:

@@ -147,6 +147,16 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
+def fail_together(error, code=2):
+    """Every rank calls this. Where any has an error, the first of them prints its line and all are out."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    first = world - agree(world - rank if error else 0)  # `world` where there is none
+    if first < world:
+        if rank == first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(code)
+
+
 @contextlib.contextmanager
 def user_errors():
     """Setting up: a ValueError or OSError on any rank is one line and exit code 2 on all."""
@@ -155,10 +165,7 @@ def user_errors():
         yield
     except (ValueError, OSError) as caught:
         error = caught
-    if agree(error is not None):
-        if error and os.environ.get("LOCAL_RANK", "0") != "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        fail(error or "another rank could not start")
+    fail_together(error)
 
 
 # ---------------------------------------------------------------------------------------------- ranks
@@ -447,8 +454,7 @@ def on_rank_0(write, file, what):
             write(file, what)
     except OSError as caught:
         error = f"cannot write {file} ({caught}); the last checkpoint is still there"
-    if agree(error is not None):
-        fail(error or "rank 0 cannot write", code=1)
+    fail_together(error, code=1)
 
 
 def save_run(path, args, step, parts, unreadable, **more):
