@@ -25,6 +25,8 @@ import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torchvision import transforms
 
 import care
@@ -788,6 +790,90 @@ def test_mixed_precision_on_a_gpu_stays_close_to_float32(precision, tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
 
 
+@needs_gpu
+def test_a_step_on_a_gpu_never_waits_for_it(monkeypatch, tmp_path):
+    step = train.pretrain_step
+
+    def watched(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return step(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(train, "pretrain_step", watched)
+    assert len(run(tmp_path, "--max-steps", 3)) == 3
+
+
+# A GPU in pretence: CPU tensors that claim to be on `meta`. It shows what waits for a device, or mixes two.
+META = torch.device("meta")
+WAITING = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim")
+
+
+class Moved(torch.Tensor):
+    """`here`, a CPU tensor, as if it were on META."""
+
+    @staticmethod
+    def __new__(cls, here):
+        moved = cls._make_wrapper_subclass(cls, here.shape, here.stride(), dtype=here.dtype, device=META)
+        moved.here = here
+        return moved
+
+    @classmethod
+    def __torch_dispatch__(cls, function, *_):
+        raise RuntimeError(f"{function}: not within a Pretence")
+
+
+class Pretence(TorchDispatchMode):
+    """Computes with Moved tensors. `waits`: the operations for which the CPU would wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function.overloadpacket.__name__
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        known = {id(x.here): x for x in tensors if isinstance(x, Moved)}
+        if not known and kwargs.get("device") != META:
+            return function(*args, **kwargs)
+        leaving, arriving = False, False
+        if name in ("_to_copy", "copy_"):
+            target = kwargs.get("device") or tensors[0].device
+            leaving, arriving = known and target == CPU, target == META and not isinstance(tensors[-1], Moved)
+        elif any(x.dim() for x in tensors if not isinstance(x, Moved)):
+            raise RuntimeError(f"{name}: tensors on two devices")
+        counting = name.startswith("index") and any(x.dtype == torch.bool for x in tensors[1:])
+        if name in WAITING or counting or leaving or (arriving and not kwargs.get("non_blocking")):
+            self.waits.append(name)
+        there = lambda x: x.here if isinstance(x, Moved) else CPU if x == META else x
+        out = function(*tree_map(there, args), **tree_map(there, kwargs))
+        wrap = lambda x: known.get(id(x), Moved(x)) if isinstance(x, torch.Tensor) else x
+        return out if leaving else tree_map(wrap, out)
+
+
+def test_the_loop_never_waits_for_the_device(reference, monkeypatch, tmp_path):
+    """Outside logging and saving. The losses are the CPU's."""
+    pretence, losses, new_model = Pretence(), [], train.new_model
+
+    def model_there(*args):
+        found = new_model(*args)
+        pretence.waits.clear()
+        return found
+
+    def average(meters, *_):
+        losses.append(meters["loss"].here.item())
+        return {}
+
+    no_precision = contextlib.nullcontext(), torch.amp.GradScaler("cpu", enabled=False)
+    for name, value in dict(setup_ranks=lambda: (0, 1, META), set_precision=lambda *_: no_precision,
+                            new_model=model_there, average=average, on_rank_0=lambda *_: None).items():
+        monkeypatch.setattr(train, name, value)
+    with pretence:
+        train.main([*SMALL, "--out", str(tmp_path)])
+    assert pretence.waits == [] and losses == [line["loss"] for line in steps(reference)]
+
+
 def test_kept_epochs(tmp_path):
     run(tmp_path, "--keep-epochs", 1)
     assert sorted(path.name for path in tmp_path.glob("epoch*")) == ["epoch0001.pth", "epoch0002.pth"]
@@ -795,43 +881,51 @@ def test_kept_epochs(tmp_path):
 
 
 def torchrun(ranks, *command, **options):
-    """Run a script of ours under torchrun on this machine's CPU."""
+    """Run a script of ours under torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [*launcher, *map(str, command)]
     return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300, **options)
 
 
-def drive(rank, world, port, out):
-    """Five float64 optimiser steps on a fixed stream of views; rank 0 of `world` saves the weights."""
-    model = parallel = small()
+def drive(rank, world, port, out, device):
+    """Five float64 optimiser steps on a fixed stream of views; rank 0 of `world` saves the weights.
+
+    Of the two ranks' parts, one process makes two accumulation steps; on a GPU, whose batch norms are
+    synchronised, one batch.
+    """
+    model = small().to(device)
     if world > 1:
         torch.set_num_threads(1)
         torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-        parallel = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    model, parallel = train.parallelise(model, world, torch.device(device))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=1e-4)
-    autocast, scaler = torch.autocast("cpu", enabled=False), torch.amp.GradScaler("cpu", enabled=False)
-    accum_steps, losses = 2 // world, []
+    autocast, scaler = torch.autocast(device, enabled=False), torch.amp.GradScaler(device, enabled=False)
+    losses = []
     for step in range(5):
         generator = torch.Generator().manual_seed(step)
-        views = torch.randn(2, 2, 4, 3, 64, 64, dtype=torch.float64, generator=generator)
-        mine = views[rank:rank + 1] if world > 1 else views  # slices of the global batch of 8
-        meters = train.pretrain_step(parallel, optimizer, scaler, autocast, mine, accum_steps, lr=0.02,
-                                     tau=0.98)
+        parts = torch.randn(2, 2, 4, 3, 64, 64, dtype=torch.float64, generator=generator)  # of two views
+        if world > 1:
+            parts = parts[rank:rank + 1]
+        elif device == "cuda":
+            parts = parts.transpose(0, 1).flatten(1, 2)[None]  # (1, 2, 8, 3, 64, 64)
+        meters = train.pretrain_step(parallel, optimizer, scaler, autocast, parts.to(device), len(parts),
+                                     lr=0.02, tau=0.98)
         losses.append(train.average(meters, model, step, world)["loss"])
     if rank == 0:
-        torch.save({"model": model.state_dict(), "losses": losses}, out)
+        torch.save({"model": model.cpu().state_dict(), "losses": losses}, out)
     if world > 1:
         torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_are_one_process_with_two_accumulation_steps(tmp_path):
-    """Parameters to 1e-9 after five float64 steps; running statistics are each rank's own: left out."""
-    drive(0, 1, 0, tmp_path / "one.pth")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_two_ranks_are_one_process(device, tmp_path):
+    """Parameters to 1e-9 after five float64 steps; a rank's running statistics on a CPU are its own."""
+    drive(0, 1, 0, tmp_path / "one.pth", device)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(drive, (2, port, tmp_path / "two.pth"), nprocs=2)
+    torch.multiprocessing.spawn(drive, (2, port, tmp_path / "two.pth", device), nprocs=2)
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pth", "two.pth"))
     close(two["losses"], one["losses"], 1e-6)  # averaged in float32
     for name in dict(small().named_parameters()):
