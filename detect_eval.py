@@ -335,8 +335,11 @@ def average_precisions(images, truth, found, masks):
 
 
 @torch.no_grad()
-def evaluate(model, source, args, rank, world, device, autocast):
-    """Scores of a detector on a whole source; None but on rank 0. Exit code 2 if an image cannot be read."""
+def evaluate(model, source, args, rank, world, device, autocast, stopping=()):
+    """Scores of a detector on a whole source, {} but on rank 0; None if there is a signal in `stopping`.
+
+    Exit code 2 if an image cannot be read.
+    """
     model.eval()
     for buffer in model.buffers() if world > 1 else ():  # running statistics: rank 0's, if not synchronised
         dist.broadcast(buffer, 0)
@@ -347,7 +350,10 @@ def evaluate(model, source, args, rank, world, device, autocast):
     batches = map(unreadable.note, load_batches(stream, sampler, args.workers, device))
     batches = tqdm(batches, "val", len(sampler), leave=False, disable=None if rank == 0 else True)
     masks, records = args.protocol != "voc-c4", ([], [], [])
-    for (images, targets), indices, _ in batches:
+    together = len(source) // world // size  # batches that every rank has
+    for number, ((images, targets), indices, _) in enumerate(batches):
+        if number < together and agree(bool(stopping)):
+            return None
         with autocast:
             found = model(images)
         for index, image, target, detection in zip(indices, images, targets, found):
@@ -359,7 +365,7 @@ def evaluate(model, source, args, rank, world, device, autocast):
     parts = [records] * world
     if world > 1:
         dist.gather_object(records, parts if rank == 0 else None)
-    return average_precisions(*(sum(lists, []) for lists in zip(*parts)), masks) if rank == 0 else None
+    return average_precisions(*(sum(lists, []) for lists in zip(*parts)), masks) if rank == 0 else {}
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -451,8 +457,10 @@ def main(argv=None):
     bar.close()
 
     ending = f"{args.out}: stopped after step {done} of {args.iterations}; the same command goes on"
+    scores = None
     if done == args.iterations:
-        scores = evaluate(model, val, args, rank, world, device, autocast) or {}
+        scores = evaluate(model, val, args, rank, world, device, autocast, stopping)
+    if scores is not None:
         names = "protocol iterations batch_size lr min_size rois precision seed arch data sha256".split()
         result = scores | {name: getattr(args, name) for name in names} | {"encoder": args.pretrained}
         on_rank_0(write_line, log, result)
