@@ -268,8 +268,6 @@ def augment(x, parameters):
     for position in range(4):
         for step, name in enumerate(("brightness", "contrast", "saturation", "hue")):
             rows = pick((p["jitter"] > 0) & (orders[:, position] == step))
-            if not len(rows):
-                continue
             factor, rows = device(p[name][rows].view(-1, 1, 1, 1)), device(rows)
             part = x[rows]
             if name == "hue":
@@ -285,8 +283,7 @@ def augment(x, parameters):
     rows = device(pick(p["gray"] > 0))
     x[rows] = to_gray(x[rows]).expand(-1, 3, -1, -1)
     rows = device(pick(p["solarize"] > 0))
-    part = x[rows]
-    x[rows] = torch.where(part >= 128 / 255, 1 - part, part)
+    x[rows] = TF.solarize(x[rows], 128 / 255)
     return normalize(x)
 
 
@@ -307,11 +304,10 @@ class Stream(Dataset):
         return int(self.order[offset])
 
     def __getitem__(self, n):
-        index, bad = self.index(n), []
-        while True:
+        index, bad, image = self.index(n), [], None
+        while image is None:
             try:
                 image, label = self.source[index]
-                break
             except Exception:  # a decoder may raise anything on broken bytes
                 if file_of(self.source, index) is None:
                     raise
@@ -319,7 +315,6 @@ class Stream(Dataset):
                 index = (index + 1) % len(self.source)
                 if len(bad) > max(1, len(self.source) / 100):  # as many as end a run: stop searching
                     image, label = Image.new("RGB", (1, 1)), 0
-                    break
         with torch.random.fork_rng(devices=[]):
             seed = int(np.random.SeedSequence((self.seed, n)).generate_state(1)[0])
             torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.1 ms and more

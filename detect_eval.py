@@ -33,15 +33,15 @@ from torchvision.models.detection import backbone_utils, faster_rcnn, mask_rcnn,
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image, roi_align
+from torchvision.ops import MultiScaleRoIAlign, box_convert, clip_boxes_to_image, roi_align
 from tqdm import tqdm
 
 from care import ARCHS
 from data import IMAGENET_MEAN, IMAGENET_STD, Shapes, Stream, mask_box, open_images, stream_batches
-from train import (Unreadable, add_run_arguments, agree, average, catch_signals, default_workers, fail,
-                   ignore_signals, memory_gib, new_parser, on_rank_0, open_encoder, open_log, open_run,
-                   parallelise, positive, restore, save_run, set_precision, setup_ranks, user_errors,
-                   versions, write_line, write_whole)
+from train import (Unreadable, add_run_arguments, agree, average, catch_signals, fail, ignore_signals,
+                   memory_gib, new_parser, on_rank_0, open_encoder, open_log, open_run, parallelise,
+                   positive, restore, save_run, set_precision, setup_ranks, user_errors, write_line,
+                   write_whole)
 
 PROTOCOLS = {  # iterations, steps after which the rate falls to a tenth, warm-up, shorter sides in training
     "voc-c4": (24000, (18000, 22000), 100, range(480, 801, 32)),
@@ -294,18 +294,15 @@ def new_detector(encoder, protocol, classes, min_size=(800,), rois=512):
 # -------------------------------------------------------------------------------------------- scoring
 def annotations(objects, image, masks):
     """COCO's records of the objects, a target's or a detection's, in image number `image`."""
-    x0, y0, x1, y1 = objects["boxes"].cpu().double().unbind(1)
-    boxes = torch.stack((x0, y0, x1 - x0, y1 - y0), 1).tolist()
-    scores, crowd = (objects.get(name, torch.zeros(len(boxes))).tolist() for name in ("scores", "crowd"))
-    names = ("image_id", "bbox", "area", "category_id", "score", "iscrowd")
-    areas, labels = [box[2] * box[3] for box in boxes], objects["labels"].tolist()
-    columns = ([image] * len(boxes), boxes, areas, labels, scores, map(int, crowd))
-    out = [dict(zip(names, row)) for row in zip(*columns)]
+    boxes = box_convert(objects["boxes"].cpu().double(), "xyxy", "xywh").tolist()
+    scores, crowds = (objects.get(name, torch.zeros(len(boxes))).tolist() for name in ("scores", "crowd"))
+    out = [{"image_id": image, "bbox": box, "area": box[2] * box[3], "category_id": label, "score": score,
+            "iscrowd": int(crowd)}
+           for box, label, score, crowd in zip(boxes, objects["labels"].tolist(), scores, crowds)]
     if masks and out:
-        stack = objects["masks"].reshape(len(out), *objects["masks"].shape[-2:]) > 0.5
-        stack = stack.permute(1, 2, 0).cpu().numpy().astype(np.uint8)  # (height, width, n)
         from pycocotools.mask import encode
-        codes = encode(np.asfortranarray(stack))
+        stack = (objects["masks"].flatten(0, -3) > 0.5).permute(1, 2, 0).cpu().numpy()  # (height, width, n)
+        codes = encode(stack.astype(np.uint8, order="F"))
         out = [one | {"segmentation": code} for one, code in zip(out, codes)]
     return out
 
@@ -389,10 +386,9 @@ def main(argv=None):
     except ImportError:
         fail("scoring needs pycocotools: pip install pycocotools")
     stopping = catch_signals()
-    rank, world, device = setup_ranks()
+    rank, world, device = setup_ranks(args)
     torch.backends.cudnn.benchmark = False  # image sizes vary
     autocast, scaler = set_precision(args, device)
-    default_workers(args, device)
     parent = "runs/random" if args.pretrained == "random" else Path(args.pretrained).parent
     args.out = args.out or f"{parent}/{args.protocol}"
     with user_errors():
@@ -417,11 +413,7 @@ def main(argv=None):
     stream = Stream(source, partial(as_tensors, flip=0.5), args.seed, per_epoch)
     unreadable = Unreadable(stream, known)
     sampler = stream_batches(done, stop, args.batch_size, rank, world)
-    header = {"args": vars(args), "steps": args.iterations, **versions(world, device)}
-    log = Path(args.out) / "log.jsonl"
-    with user_errors():
-        if rank == 0:
-            open_log(log, done, header)
+    log = open_log(args.out, args, done, args.iterations, world, device)
     bar = tqdm(total=stop, initial=done, unit="step", disable=None if rank == 0 else True)
     model.train()
     for batch, _, _ in map(unreadable.note, load_batches(stream, sampler, args.workers, device)):

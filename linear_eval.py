@@ -18,12 +18,13 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from torch import nn
 from torch.utils.data import Subset
+from torchvision import transforms
 from tqdm import tqdm
 
 from care import ARCHS, pool
 from data import Stream, crop_and_flip, normalize, open_images, stream_batches
 from train import (Unreadable, add_data_arguments, add_run_arguments, agree, average, catch_signals,
-                   default_workers, fail, load_batches, memory_gib, new_parser, on_rank_0, open_encoder,
+                   fail, load_batches, memory_gib, new_parser, on_rank_0, open_encoder,
                    open_log, open_run, parallelise, positive, restore, save_run, set_precision,
                    set_size_and_stem, setup_ranks, user_errors, versions, write_line, write_whole)
 
@@ -70,9 +71,8 @@ def setup(args, kind):
     Fills in args: arch, stem, image_size, sha256 (of the encoder file), out (beside that file, in `kind`).
     """
     stopping = catch_signals()
-    rank, world, device = setup_ranks()
+    rank, world, device = setup_ranks(args)
     autocast, _ = set_precision(args, device)
-    default_workers(args, device)
     random, asked, lock = args.pretrained == "random", args.stem, None
     args.out = args.out or str(Path("runs/random" if random else Path(args.pretrained).parent) / kind)
     set_size_and_stem(args)
@@ -114,11 +114,6 @@ def split_by_class(labels, per_class, seed):
         order = torch.randperm(len(members), generator=generator)
         drawn += members[order[:per_class(len(members))]].tolist()
     return sorted(drawn), sorted(set(range(len(labels))) - set(drawn))
-
-
-def random_crop(image, size):
-    """A PIL image -> random resized crop, flipped with p 0.5, (3, height, width) uint8."""
-    return TF.pil_to_tensor(crop_and_flip(image, size))
 
 
 def centre_crop(image, size):
@@ -175,17 +170,15 @@ def evaluate(run, args, model, source, what="val"):
 def features(run, args, encoder, source, what):
     """Pooled conv5 features of a data set, l2-normalised, and labels: (N, dim5), (N,), on every rank."""
     encoder.eval()
-    bank = torch.zeros(len(source), encoder.dim5, device=run.device)
-    labels = torch.zeros(len(source), dtype=torch.long, device=run.device)
-    start = run.rank
-    for x, y in batches_in_order(run, args, source, what):
+    bank, start = torch.zeros(len(source), encoder.dim5, device=run.device), run.rank
+    for x, _ in batches_in_order(run, args, source, what):
         rows = slice(start, start + len(x) * run.world, run.world)
         with run.autocast:
             bank[rows] = F.normalize(pool(encoder(x)[1]).float(), dim=1)
-        labels[rows], start = y, rows.stop
-    for part in (bank, labels) if run.world > 1 else ():  # 0 where another rank has the row
-        dist.all_reduce(part)
-    return bank, labels
+        start = rows.stop
+    if run.world > 1:
+        dist.all_reduce(bank)  # 0 where another rank has the row
+    return bank, torch.tensor(labels_of(source), device=run.device)
 
 
 def knn_scores(queries, bank, labels, k, classes, temperature=0.07):
@@ -241,7 +234,7 @@ class Probe(nn.Module):
 def fit(run, args, out, model, optimizer, source, epochs):
     """Train `model`, which gives a list of scores, by a cosine per step from each group's `base_lr`. -> model
 
-    Resumes from, logs in and saves to `out`, every epoch and when a signal or --max-steps ends the script.
+    Resumes from, logs in and saves to `out`: every epoch (of at least 100 steps), at the end, on a signal.
     """
     rank, world, device = run.rank, run.world, run.device
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
@@ -250,16 +243,12 @@ def fit(run, args, out, model, optimizer, source, epochs):
     parts, args.images = {"model": model, "optimizer": optimizer, "scaler": scaler}, len(source)
     start, known = restore(out, args, parts, FREE)
     model, parallel = parallelise(model, world, device)
-    crop = partial(random_crop, size=args.image_size)
+    crop = transforms.Compose([partial(crop_and_flip, size=args.image_size), TF.pil_to_tensor])
     dataset = Stream(source, crop, args.seed, steps_per_epoch * args.batch_size)
     unreadable = Unreadable(dataset, known)
     last = min(total_steps, args.max_steps or total_steps)
     sampler = stream_batches(start, last, args.batch_size, rank, world)
-    header = {"args": vars(args), "steps": total_steps, **versions(world, device)}
-    log = Path(out) / "log.jsonl"
-    with user_errors():
-        if rank == 0:
-            open_log(log, start, header)
+    log = open_log(out, args, start, total_steps, world, device)
     bar = tqdm(total=last, initial=start, unit="step", desc=Path(out).name, disable=rank > 0 or None)
 
     model.train()
@@ -310,14 +299,11 @@ def stop(run, args, what):
     raise SystemExit(0)
 
 
-def base_result(args):
-    """What every final line says of the encoder."""
-    return {"encoder": args.pretrained, "sha256": args.sha256, "arch": args.arch, "data": args.data}
-
-
-def finish(run, args, result=None):
-    """Print the result as one JSON line, add it with the arguments to the log, leave the process group."""
-    if result:
+def finish(run, args, scores=None):
+    """Print encoder and scores as a JSON line, add it with the arguments to the log, leave the group."""
+    if scores:
+        result = {"encoder": args.pretrained, "sha256": args.sha256, "arch": args.arch, "data": args.data}
+        result |= scores
         line = result | {"args": vars(args), **versions(run.world, run.device)}
         on_rank_0(write_line, Path(args.out) / "log.jsonl", line)
         if run.rank == 0:
@@ -332,7 +318,7 @@ def main(argv=None):
     run = setup(args, "knn" if args.knn else "linear")
     if args.knn:
         result = knn(run, args) | {"protocol": "knn", "k": 20, "temperature": 0.07}
-        return finish(run, args, base_result(args) | result)
+        return finish(run, args, result)
 
     before = {name: value.clone() for name, value in run.encoder.state_dict().items()}
     source, held_out = run.train, None
@@ -364,7 +350,7 @@ def main(argv=None):
     on_rank_0(write_whole, f"{args.out}/classifier.pth", partial(torch.save, classifier))
     result = {"top1": top1, "top5": top5, "protocol": "linear", "head": args.head, "lr": args.lr[best],
               "epochs": args.epochs, "batch_size": args.batch_size, "percent": 90 if held_out else 100}
-    finish(run, args, base_result(args) | result | choice)
+    finish(run, args, result | choice)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from care import pool
-from linear_eval import (add_evaluation_arguments, base_result, evaluate, finish, fit, labels_of, new_head,
+from linear_eval import (add_evaluation_arguments, evaluate, finish, fit, labels_of, new_head,
                          setup, split_by_class)
 from train import fail, new_parser, positive, user_errors, write_whole
 
@@ -140,7 +140,7 @@ def main(argv=None):
     if choice:
         result["choice"] = {f"lr {lr:g}, {epochs} epochs": round(score, 3)
                             for (lr, epochs), score in choice.items()}
-    finish(run, args, base_result(args) | result)
+    finish(run, args, result)
 
 
 if __name__ == "__main__":

@@ -866,7 +866,7 @@ def test_the_loop_never_waits_for_the_device(reference, monkeypatch, tmp_path):
         return {}
 
     no_precision = contextlib.nullcontext(), torch.amp.GradScaler("cpu", enabled=False)
-    for name, value in dict(setup_ranks=lambda: (0, 1, META), set_precision=lambda *_: no_precision,
+    for name, value in dict(setup_ranks=lambda _: (0, 1, META), set_precision=lambda *_: no_precision,
                             new_model=model_there, average=average, on_rank_0=lambda *_: None).items():
         monkeypatch.setattr(train, name, value)
     with pretence:

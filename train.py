@@ -1,7 +1,7 @@
 """Pretrain an encoder with CARE.
 
   torchrun --nproc_per_node 8 train.py --arch resnet50        the paper's 100-epoch run on ./imagenet
-  python train.py --data shapes --arch resnet18 --epochs 4    minutes on a CPU, no download
+  python train.py --data shapes --arch resnet18 --image-size 32 --batch-size 64 --epochs 8   on a CPU
 
 The same command again resumes. Several nodes: torchrun's own flags. A run leaves in --out: last.pth (what
 resuming needs), encoder.pth (plain torchvision keys, what evaluation needs) and log.jsonl.
@@ -41,14 +41,13 @@ from care import (ARCHS, CARE, METHODS, POSITIONS, TAPS, Encoder, check_state, l
 from data import Stream, TwoViews, augment, collate, draw, file_of, open_images, stream_batches
 
 # What may differ when a run is resumed: speed, place and output, never the mathematics.
-FREE = ("data_root", "workers", "compile", "out", "save_every", "keep_epochs", "log_every", "max_steps",
-        "bench")
+FREE = ("data_root", "workers", "compile", "out", "save_every", "keep_epochs", "log_every", "max_steps")
 MODEL_ARGS = "arch image_size method blocks heads position tap detach_trunk lambda_att stem".split()
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SIZES = {"cifar10": (32, "cifar"), "stl10": (96, "imagenet"), "shapes": (64, "imagenet")}  # pixels, stem
 
 
-# ------------------------------------------------------------------------------------------ arguments
+# ------------------------------------------------------------------------------------------- arguments
 def parse_args(argv=None):
     """The command line as a namespace; a mistake in it is one line on stderr and exit code 2."""
     parser = new_parser(__doc__)
@@ -135,7 +134,8 @@ def set_size_and_stem(args):
 
 def positive(args, *names):
     """Exit code 2 unless these arguments, and those of all scripts, are large enough (or not given)."""
-    for name, least in (*((name, 1) for name in names), ("log_every", 1), ("max_steps", 1), ("seed", 0)):
+    bounds = dict.fromkeys((*names, "log_every", "max_steps"), 1) | {"seed": 0, "workers": 0}
+    for name, least in bounds.items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
 
@@ -147,41 +147,24 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
-def fail_together(error, code=2):
-    """Every rank calls this. Where any has an error, the first of them prints its line and all are out."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    first = world - agree(world - rank if error else 0)  # `world` where there is none
-    if first < world:
-        if rank == first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(code)
+# ----------------------------------------------------------------------------------------------- ranks
+def setup_ranks(args):
+    """Join torchrun's process group (NCCL if each local rank has a GPU, else gloo) -> rank, world, device.
 
-
-@contextlib.contextmanager
-def user_errors():
-    """Setting up: a ValueError or OSError on any rank is one line and exit code 2 on all."""
-    error = None
-    try:
-        yield
-    except (ValueError, OSError) as caught:
-        error = caught
-    fail_together(error)
-
-
-# ---------------------------------------------------------------------------------------------- ranks
-def setup_ranks():
-    """Join torchrun's process group (NCCL if each local rank has a GPU, else gloo) -> rank, world, device."""
+    Fills in --workers: a share of the cores; none on a CPU, from whose training they would take them.
+    """
     rank, world, local = (int(os.getenv(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    gpus = torch.cuda.device_count()
+    gpus, local_world = torch.cuda.device_count(), int(os.getenv("LOCAL_WORLD_SIZE", world))
     device = torch.device(f"cuda:{local % gpus}" if gpus else "cpu")
     if gpus:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     else:
         keep_memory()
-    if world > 1:
-        own_gpu = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")  # agree: on the CPU, no GPU wait
+    if args.workers is None:
+        args.workers = min(8, max(1, len(os.sched_getaffinity(0)) // local_world)) if gpus else 0
+    if world > 1:  # gloo beside NCCL, for agree: on the CPU, no GPU wait
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus >= local_world else "gloo")
     return rank, world, device
 
 
@@ -199,6 +182,32 @@ def agree(flag):
     if dist.is_initialized():
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return int(flag)
+
+
+@contextlib.contextmanager
+def user_errors(code=2, what=""):
+    """A ValueError or OSError on any rank is one line, the first such rank's, and all are out.
+
+    Every rank enters and leaves this together.
+    """
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as caught:
+        error = caught
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    first = world - agree(world - rank if error else 0)  # `world` where there is none
+    if rank == first:
+        print(f"error: {what}{error}", file=sys.stderr, flush=True)
+    if first < world:
+        raise SystemExit(code)
+
+
+def on_rank_0(write, file, what):
+    """Rank 0 runs write(file, what); every rank calls this. Where the disk refuses, all exit with 1."""
+    with user_errors(1, f"cannot write {file} (what was there before stays): "):
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            write(file, what)
 
 
 def parallelise(model, world, device):
@@ -224,7 +233,21 @@ def set_precision(args, device):
     return autocast, torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
 
-# ---------------------------------------------------------------------------------------- run directory
+def catch_signals():
+    """-> a list, empty until SIGTERM, SIGINT or SIGUSR1 asks to save and stop; a second one ends at once."""
+    received = []
+
+    def handler(number, frame):
+        received.append(number)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, handler)
+    return received
+
+
+# --------------------------------------------------------------------------------------- run directory
 def open_run(out):
     """Create and lock the run directory, remove what an interrupted write left. -> the lock; keep it."""
     out = Path(out)
@@ -239,32 +262,28 @@ def open_run(out):
     return lock
 
 
-def load_run(out, args, free=FREE):
-    """The checkpoint to go on from, {} if none. ValueError when an argument that is not `free` differs."""
-    path = Path(out) / "last.pth"
-    if not path.exists():
-        return {}
-    checkpoint = load_checkpoint(path)
-    missing = {"args", "model", "optimizer", "scaler", "step", "unreadable"} - set(checkpoint)
-    if missing:
-        raise ValueError(f"{path}: not a checkpoint of this script, without {', '.join(sorted(missing))}")
-    then, now = checkpoint["args"], vars(args)
-    names = [name for name in sorted({*then, *now} - {*free}) if then.get(name) != now.get(name)]
-    if names:
-        changed = "; ".join(f"{name} was {then.get(name)}, is {now.get(name)}" for name in names)
-        raise ValueError(f"{path}: of another run ({changed}); repeat its arguments or choose another --out")
-    return checkpoint
-
-
 def restore(out, args, parts, free=FREE):
-    """Load `parts`, by name, from the run's last.pth -> its step, 0 without one, and unreadable images."""
+    """Load `parts`, by name, from the run's last.pth -> its step, 0 without one, and unreadable images.
+
+    Exit code 2 when the file is damaged or of a run in which an argument that is not `free` differs.
+    """
+    path, now = Path(out) / "last.pth", vars(args)
     with user_errors():
-        checkpoint = load_run(out, args, free)
-        if checkpoint:
-            check_state(Path(out) / "last.pth", checkpoint["model"], parts["model"].state_dict())
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
-    return checkpoint.get("step", 0), checkpoint.get("unreadable", ())
+        if not path.exists():
+            return 0, ()
+        checkpoint = load_checkpoint(path)
+        if not isinstance(checkpoint, dict) or not {"args", "step", "unreadable", *parts} <= set(checkpoint):
+            raise ValueError(f"{path}: not a checkpoint of this script")
+        then = checkpoint["args"]
+        changed = [f"{name} was {then.get(name)}, is {now.get(name)}"
+                   for name in sorted({*then, *now} - {*free}) if then.get(name) != now.get(name)]
+        if changed:
+            raise ValueError(f"{path}: of another run ({'; '.join(changed)}); repeat its arguments or choose "
+                             "another --out")
+        check_state(path, checkpoint["model"], parts["model"].state_dict())
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        return checkpoint["step"], checkpoint["unreadable"]
 
 
 def open_encoder(pretrained, arch, stem, seed):
@@ -287,16 +306,26 @@ def write_whole(path, save):
     os.replace(temporary, path)
 
 
-def open_log(path, step, header):
-    """Begin a JSONL log or, after step 0, cut the one there: later and broken lines go. Add the header."""
-    kept = []
-    if step and Path(path).exists():
-        for line in Path(path).read_text().splitlines():
+def save_run(path, args, step, parts, unreadable, **more):
+    """Write a checkpoint, whole or not at all: the state of `parts`, what resuming needs, and `more`."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"step": step, "args": vars(args), "unreadable": sorted(unreadable.known), **more}
+    on_rank_0(write_whole, path, partial(torch.save, state))
+
+
+def open_log(out, args, step, total_steps, world, device):
+    """Begin log.jsonl or, after step 0, cut later and broken lines off it; add a header. -> its path"""
+    path, lines = Path(out) / "log.jsonl", []
+    header = {"args": vars(args), "steps": total_steps, **versions(world, device)}
+    with user_errors():
+        for line in path.read_text().splitlines() if step and path.exists() else ():
             with contextlib.suppress(json.JSONDecodeError):
                 if json.loads(line).get("step", 0) <= step:
-                    kept.append(line + "\n")
-    kept.append(json.dumps(header | ({"resumed_at": step} if step else {})) + "\n")
-    write_whole(path, lambda buffer: buffer.write("".join(kept).encode()))
+                    lines.append(line)
+        lines.append(json.dumps(header | ({"resumed_at": step} if step else {})))
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            write_whole(path, lambda buffer: buffer.write(("\n".join(lines) + "\n").encode()))
+    return path
 
 
 def write_line(path, fields):
@@ -312,39 +341,24 @@ def versions(world, device):
                 world_size=world, device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu)
 
 
-def catch_signals():
-    """-> a list, empty until SIGTERM, SIGINT or SIGUSR1 asks to save and stop; a second one ends at once."""
-    received = []
-
-    def handler(number, frame):
-        received.append(number)
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, handler)
-    return received
+def memory_gib(device):
+    """Peak memory of this process so far, in GiB: of the GPU, else resident (in Linux's unit)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
-def ignore_signals(worker):
-    """In a worker process: the main process decides when to stop."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
+# --------------------------------------------------------------------------------------------- loading
 def load_batches(dataset, sampler, workers, device):
     """A DataLoader over a Stream, whose workers live as long as the run."""
     return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate,
                       pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
 
 
-def default_workers(args, device):
-    """Fill in --workers: none when training on the CPU, which they would take from it."""
-    if args.workers is None:
-        share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = 0 if device.type == "cpu" else min(8, max(1, share))
-    if args.workers < 0:
-        fail(f"--workers {args.workers}: must be at least 0")
+def ignore_signals(worker):
+    """In a worker process: the main process decides when to stop."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Unreadable:
@@ -439,57 +453,7 @@ def average(meters, model, step, world):
     return values
 
 
-def memory_gib(device):
-    """Peak memory of this process so far, in GiB: of the GPU, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-
-
-def on_rank_0(write, file, what):
-    """Rank 0 runs write(file, what); every rank calls this. Where the disk refuses, all exit with 1."""
-    error = None
-    try:
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            write(file, what)
-    except OSError as caught:
-        error = f"cannot write {file} ({caught}); the last checkpoint is still there"
-    fail_together(error, code=1)
-
-
-def save_run(path, args, step, parts, unreadable, **more):
-    """Write a checkpoint, whole or not at all: the state of `parts`, what resuming needs, and `more`."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"step": step, "args": vars(args), "unreadable": sorted(unreadable.known), **more}
-    on_rank_0(write_whole, path, partial(torch.save, state))
-
-
 # ----------------------------------------------------------------------------------------------- bench
-def count_flops(step):
-    """Floating-point operations of `step()`, which runs once."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
-
-
-def median_times(steps, device, repeats=5):
-    """Median seconds of each of `steps`, taken in turns."""
-    seconds = []
-    for step in steps * repeats:
-        synchronize(device)
-        start = time.perf_counter()
-        step()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds[i::len(steps)]) for i in range(len(steps))]
-
-
-def synchronize(device):
-    """Wait for a GPU; the CPU is never ahead."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def bench_step(args, autocast, scaler, device):
     """One line of JSON: the speed of a step on synthetic crops, by part, beside a supervised step."""
     with user_errors():
@@ -502,10 +466,11 @@ def bench_step(args, autocast, scaler, device):
     classifier = nn.Linear(model.online.encoder.dim5, 1000).to(device)
     weights = [*model.online.encoder.parameters(), *classifier.parameters()]
     supervised = torch.optim.SGD(weights, lr=1e-4, momentum=0.9)
+    synchronize = torch.get_device_module(device).synchronize  # on a CPU there is nothing to wait for
     marks = []
 
     def mark(following):
-        synchronize(device)
+        synchronize()
         marks.append((following, time.perf_counter()))
 
     def care_step():
@@ -522,11 +487,22 @@ def bench_step(args, autocast, scaler, device):
         scaler.step(supervised)
         scaler.update()
 
-    flops = count_flops(care_step)
+    def timed(step):
+        synchronize()
+        start = time.perf_counter()
+        step()
+        synchronize()
+        return time.perf_counter() - start
+
+    with FlopCounterMode(display=False) as counter:
+        care_step()
     care_step()  # now the optimiser has its momentum too
     memory = memory_gib(device)
-    reference_flops = count_flops(supervised_step)
-    seconds, reference_seconds = median_times([care_step, supervised_step], device)
+    with FlopCounterMode(display=False) as reference_counter:
+        supervised_step()
+    flops, reference_flops = counter.get_total_flops(), reference_counter.get_total_flops()
+    times = [(timed(care_step), timed(supervised_step)) for _ in range(5)]  # in turns
+    seconds, reference_seconds = map(statistics.median, zip(*times))
     model.register_forward_pre_hook(lambda *_: mark("online forward"))
     model.momentum.register_forward_pre_hook(lambda *_: mark("momentum forward"))
     model.momentum.register_forward_hook(lambda *_: mark("online forward"))
@@ -568,9 +544,8 @@ def bench_data(args, device):
 # ------------------------------------------------------------------------------------------------ main
 def main(argv=None):
     args = parse_args(argv)
-    rank, world, device = setup_ranks()
+    rank, world, device = setup_ranks(args)
     autocast, scaler = set_precision(args, device)
-    default_workers(args, device)
     if args.bench:
         if world > 1:
             fail("--bench measures one process: run it without torchrun")
@@ -607,16 +582,12 @@ def main(argv=None):
     unreadable = Unreadable(dataset, known)
 
     model, parallel = parallelise(model, world, device)
-    header = {"args": vars(args), "steps": total_steps, **versions(world, device)}
-    log = Path(args.out) / "log.jsonl"
-    with user_errors():
-        if rank == 0:
-            open_log(log, start, header)
-    bar = tqdm(total=stop, initial=start, unit="step", disable=None if rank == 0 else True)
+    log = open_log(args.out, args, start, total_steps, world, device)
+    bar = tqdm(total=stop, initial=start, unit="step", disable=rank > 0 or None)
 
     # the loop: views, two half steps, optimiser, momentum update, log, save
     batches = map(unreadable.note, load_batches(dataset, sampler, args.workers, device))
-    logged_at, logged_step, done, stopped = time.time(), start, start, False
+    logged_at, logged_step, done = time.time(), start, start
     for step in range(start, stop):
         lr = lr_at(step, total_steps, warmup_steps, args.base_lr * args.batch_size / 256)
         tau = tau_at(step + 1, total_steps, args.tau_base)
@@ -635,7 +606,7 @@ def main(argv=None):
         if logging:
             rate = (done - logged_step) * args.batch_size / (time.time() - logged_at)
             line = {"step": done, "epoch": round(done / steps_per_epoch, 4), "lr": lr, "tau": tau, **values,
-                    "images/s": round(rate, 1), "memory_gib": round(memory_gib(device), 2),
+                    "images/s": round(rate, 2), "memory_gib": round(memory_gib(device), 2),
                     "unreadable": count}
             on_rank_0(write_line, log, line)
             logged_at, logged_step = time.time(), done
@@ -649,8 +620,7 @@ def main(argv=None):
     bar.close()
 
     if rank == 0:
-        stopped = stopped and done < total_steps
-        ending = "stopped, the same command goes on" if stopped else f"encoder in {args.out}/encoder.pth"
+        ending = "stopped, the same command goes on" if done < stop else f"encoder in {args.out}/encoder.pth"
         print(f"step {done} of {total_steps}: {ending}")
     if world > 1:
         dist.destroy_process_group()

@@ -66,10 +66,8 @@ def parse_args(argv=None):
     args.out = Path(args.out or ("curves.png" if args.curves else "attention.png"))
     if bool(args.curves) == bool(args.pretrained):
         fail("give either --pretrained, encoders to look at, or --curves, runs to draw")
-    if args.out.suffix.lower() != ".png":
-        fail(f"--out {args.out}: must end in .png")
-    if args.out.stem == "log":
-        fail(f"--out {args.out}: the scores beside it would take the name of a run's log")
+    if args.out.suffix.lower() != ".png" or args.out.stem == "log":
+        fail(f"--out {args.out}: must end in .png, but not be log.png, whose scores would take a run's log")
     if not 0 <= args.samples <= 1000 or not all(0 <= part <= 1 for part in args.query):
         fail("--samples must lie between 0 and 1000, both numbers of --query between 0 and 1")
     classifiers = len(args.pretrained or ()) if args.target == "class" else 0
@@ -304,14 +302,11 @@ def main(argv=None):
         encoders = [load(args, *pair) for pair in zip(args.pretrained or (), args.classifier or repeat(None))]
         figure = draw_curves(args.curves) if args.curves else draw_attention(args, encoders)
         write_whole(args.out, lambda file: figure.save(file, "PNG", optimize=True))
-    print(f"{args.out}: {figure.width} x {figure.height} pixels")
-    if args.curves or args.images != ["shapes"] or not args.samples:
-        return
-    results = score(args, encoders)
-    text = "".join(json.dumps(row) + "\n" for row in results)
-    with user_errors():
-        write_whole(args.out.with_suffix(".jsonl"), lambda file: file.write(text.encode()))
-    print(text, end="")
+        print(f"{args.out}: {figure.width} x {figure.height} pixels")
+        if args.images == ["shapes"] and args.samples and not args.curves:
+            text = "".join(json.dumps(row) + "\n" for row in score(args, encoders))
+            write_whole(args.out.with_suffix(".jsonl"), lambda file: file.write(text.encode()))
+            print(text, end="")
 
 
 if __name__ == "__main__":
