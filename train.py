@@ -76,7 +76,7 @@ def parse_args(argv=None):
     add("--weight-decay", type=float, default=1e-4, help="on all parameters (default 1e-4)")
     add = parser.add_argument_group("running").add_argument
     add_run_arguments(add)
-    add("--compile", action="store_true", help="torch.compile both branches")
+    add("--compile", action="store_true", help="torch.compile both branches (for one GPU or a CPU)")
     add("--bench", nargs="?", const="step", choices=("step", "data"), help="time a step or data loading")
     add("--save-every", type=int, default=1000, metavar="STEPS", help="between checkpoints (default 1000)")
     add("--keep-epochs", type=int, default=0, metavar="N", help="keep each N-th epoch's checkpoint; 0: none")
@@ -163,6 +163,8 @@ def setup_ranks(args):
         keep_memory()
     if args.workers is None:
         args.workers = min(8, max(1, len(os.sched_getaffinity(0)) // local_world)) if gpus else 0
+    if 0 < gpus < local_world and rank == 0:
+        print(f"warning: {local_world} ranks see {gpus} GPUs: they speak over gloo, slowly", file=sys.stderr)
     if world > 1:  # gloo beside NCCL, for agree: on the CPU, no GPU wait
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus >= local_world else "gloo")
     return rank, world, device
@@ -463,8 +465,11 @@ def bench_step(args, autocast, scaler, device):
     parameters = torch.tensor([[draw(size, 1.0, 0.0), draw(size, 0.1, 0.2)] for _ in range(args.batch_size)])
     x1, _ = make_views([(crops, parameters)], device, "device")
     labels = torch.randint(0, 1000, (args.batch_size,), device=device)
-    classifier = nn.Linear(model.online.encoder.dim5, 1000).to(device)
-    weights = [*model.online.encoder.parameters(), *classifier.parameters()]
+    encoder = model.online.encoder
+    if args.compile:
+        encoder.compile()
+    classifier = nn.Linear(encoder.dim5, 1000).to(device)
+    weights = [*encoder.parameters(), *classifier.parameters()]
     supervised = torch.optim.SGD(weights, lr=1e-4, momentum=0.9)
     synchronize = torch.get_device_module(device).synchronize  # on a CPU there is nothing to wait for
     marks = []
@@ -482,7 +487,7 @@ def bench_step(args, autocast, scaler, device):
     def supervised_step():
         supervised.zero_grad(set_to_none=True)
         with autocast:
-            loss = F.cross_entropy(classifier(pool(model.online.encoder(x1)[1])).float(), labels)
+            loss = F.cross_entropy(classifier(pool(encoder(x1)[1])).float(), labels)
         scaler.scale(loss).backward()
         scaler.step(supervised)
         scaler.update()
@@ -496,7 +501,10 @@ def bench_step(args, autocast, scaler, device):
 
     with FlopCounterMode(display=False) as counter:
         care_step()
-    care_step()  # now the optimiser has its momentum too
+    care_step()  # now the optimiser has its momentum, and kernels are chosen
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    care_step()
     memory = memory_gib(device)
     with FlopCounterMode(display=False) as reference_counter:
         supervised_step()
