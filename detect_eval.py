@@ -345,7 +345,7 @@ def evaluate(model, source, args, rank, world, device, autocast, stopping=()):
     stream = Stream(source, as_tensors, args.seed, len(source), shuffle=False)
     unreadable = Unreadable(stream)
     batches = map(unreadable.note, load_batches(stream, sampler, args.workers, device))
-    batches = tqdm(batches, "val", len(sampler), leave=False, disable=None if rank == 0 else True)
+    batches = tqdm(batches, "val", len(sampler), leave=False, disable=rank > 0 or None)
     masks, records = args.protocol != "voc-c4", ([], [], [])
     together = len(source) // world // size  # batches that every rank has
     for number, ((images, targets), indices, _) in enumerate(batches):
@@ -389,6 +389,8 @@ def main(argv=None):
     rank, world, device = setup_ranks(args)
     torch.backends.cudnn.benchmark = False  # image sizes vary
     autocast, scaler = set_precision(args, device)
+
+    # data, model, and where an earlier run of the same command got to
     parent = "runs/random" if args.pretrained == "random" else Path(args.pretrained).parent
     args.out = args.out or f"{parent}/{args.protocol}"
     with user_errors():
@@ -414,7 +416,9 @@ def main(argv=None):
     unreadable = Unreadable(stream, known)
     sampler = stream_batches(done, stop, args.batch_size, rank, world)
     log = open_log(args.out, args, done, args.iterations, world, device)
-    bar = tqdm(total=stop, initial=done, unit="step", disable=None if rank == 0 else True)
+    bar = tqdm(total=stop, initial=done, unit="step", disable=rank > 0 or None)
+
+    # the loop: a step, log, save
     model.train()
     for batch, _, _ in map(unreadable.note, load_batches(stream, sampler, args.workers, device)):
         lr = lr_at(done, args)

@@ -97,6 +97,27 @@ def setup(args, kind):
                            lock=lock, encoder=encoder, train=train, val=val, classes=len(val.classes))
 
 
+def finish(run, args, scores=None):
+    """Print encoder and scores as a JSON line, add it with the arguments to the log, leave the group."""
+    if scores:
+        result = {"encoder": args.pretrained, "sha256": args.sha256, "arch": args.arch, "data": args.data}
+        result |= scores
+        line = result | {"args": vars(args), **versions(run.world, run.device)}
+        on_rank_0(write_line, Path(args.out) / "log.jsonl", line)
+        if run.rank == 0:
+            print(json.dumps(result))
+    if run.world > 1:
+        dist.destroy_process_group()
+
+
+def stop(run, args, what):
+    """Leave the process group and the script."""
+    if run.rank == 0:
+        print(f"{what}; the same command goes on")
+    finish(run, args)
+    raise SystemExit(0)
+
+
 def labels_of(source):
     """The labels of a data set as a list, without reading images."""
     if isinstance(source, Subset):
@@ -289,27 +310,6 @@ def fit(run, args, out, model, optimizer, source, epochs):
     if done < total_steps:
         stop(run, args, f"{out}: stopped after step {done} of {total_steps}")
     return model
-
-
-def stop(run, args, what):
-    """Leave the process group and the script."""
-    if run.rank == 0:
-        print(f"{what}; the same command goes on")
-    finish(run, args)
-    raise SystemExit(0)
-
-
-def finish(run, args, scores=None):
-    """Print encoder and scores as a JSON line, add it with the arguments to the log, leave the group."""
-    if scores:
-        result = {"encoder": args.pretrained, "sha256": args.sha256, "arch": args.arch, "data": args.data}
-        result |= scores
-        line = result | {"args": vars(args), **versions(run.world, run.device)}
-        on_rank_0(write_line, Path(args.out) / "log.jsonl", line)
-        if run.rank == 0:
-            print(json.dumps(result))
-    if run.world > 1:
-        dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------- main
