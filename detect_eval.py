@@ -121,7 +121,7 @@ def new_target(image, boxes, labels, crowd, masks=None):
 
 
 class Scenes(Shapes):
-    """Squares with a few of the embedded shapes, mostly two to four, later ones in front; fixed by (split, index)."""
+    """Squares with a few, mostly two to four, of the shapes, later ones in front; fixed by (split, index)."""
 
     def __getitem__(self, index):
         rng = np.random.RandomState((index * 2 + (self.split == "val")) % 2 ** 32)

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.data import Subset
 
 from care import pool
-from linear_eval import (add_evaluation_arguments, evaluate, finish, fit, labels_of, new_head,
-                         setup, split_by_class)
+from linear_eval import (add_evaluation_arguments, evaluate, finish, fit, labels_of, new_head, setup,
+                         split_by_class)
 from train import fail, new_parser, positive, user_errors, write_whole
 
 

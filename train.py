@@ -274,8 +274,10 @@ def restore(out, args, parts, free=FREE):
         if not path.exists():
             return 0, ()
         checkpoint = load_checkpoint(path)
-        if not isinstance(checkpoint, dict) or not {"args", "step", "unreadable", *parts} <= set(checkpoint):
-            raise ValueError(f"{path}: not a checkpoint of this script")
+        keys = checkpoint if isinstance(checkpoint, dict) else ()
+        missing = {"args", "step", "unreadable", *parts}.difference(keys)
+        if missing:
+            raise ValueError(f"{path}: not a checkpoint of this script, without {', '.join(sorted(missing))}")
         then = checkpoint["args"]
         changed = [f"{name} was {then.get(name)}, is {now.get(name)}"
                    for name in sorted({*then, *now} - {*free}) if then.get(name) != now.get(name)]
