@@ -44,6 +44,10 @@ POSITIONS = ("none", "sincos", "absolute", "relative")
 TAPS = ("conv4", "conv5")
 
 
+class InputError(ValueError):
+    """A mistake of the user's, in one line: what is wrong and what to do. Raised by deliberate checks only."""
+
+
 # ---------------------------------------------------------------------------------------------- encoder
 class Encoder(nn.Module):
     """A torchvision ResNet without its classifier; the state dict has torchvision's own keys.
@@ -56,7 +60,7 @@ class Encoder(nn.Module):
         super().__init__()
         for what, value, choices in (("arch", arch, ARCHS), ("stem", stem, ("imagenet", "cifar"))):
             if value not in choices:
-                raise ValueError(f"{what} {value!r} is none of {', '.join(choices)}")
+                raise InputError(f"{what} {value!r} is none of {', '.join(choices)}")
         net = ARCHS[arch](weights=None)  # Kaiming-normal (fan out) convolutions, every batch-norm weight 1
         self.arch, self.stem, self.stride = arch, stem, 32 if stem == "imagenet" else 8
         self.dim4, self.dim5 = net.layer4[0].conv1.in_channels, net.fc.in_features
@@ -90,7 +94,7 @@ class PositionEncoding(nn.Module):
     def __init__(self, kind, size, dim):
         super().__init__()
         if kind not in POSITIONS:
-            raise ValueError(f"position {kind!r} is none of {', '.join(POSITIONS)}")
+            raise InputError(f"position {kind!r} is none of {', '.join(POSITIONS)}")
         self.kind, self.size = kind, size
         for name, length, padding in (("height", size[0], (0, dim // 2)), ("width", size[1], (dim // 2, 0))):
             if kind == "sincos":
@@ -130,7 +134,7 @@ class MultiHeadSelfAttention(nn.Module):
     def __init__(self, dim, heads, size, position):
         super().__init__()
         if dim % (4 * heads):
-            raise ValueError(f"heads {heads}: {dim} attention channels do not split into multiples of 4")
+            raise InputError(f"heads {heads}: {dim} attention channels do not split into multiples of 4")
         self.heads = heads
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1, bias=False)  # w_q, w_k, w_v; each head-major
         self.position = PositionEncoding(position, size, dim // heads)
@@ -278,13 +282,13 @@ class CARE(nn.Module):
         super().__init__()
         for what, value, choices in (("method", method, METHODS), ("tap", tap, TAPS)):
             if value not in choices:
-                raise ValueError(f"{what} {value!r} is none of {', '.join(choices)}")
+                raise InputError(f"{what} {value!r} is none of {', '.join(choices)}")
         if blocks < 1:
-            raise ValueError(f"blocks {blocks}: the transformer needs at least one")
+            raise InputError(f"blocks {blocks}: the transformer needs at least one")
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         stride = 32 if stem == "imagenet" else 8
         if height % stride or width % stride or min(height, width) < stride:
-            raise ValueError(f"image size {height} x {width}: not multiples of {stride} (stem {stem})")
+            raise InputError(f"image size {height} x {width}: not multiples of {stride} (stem {stem})")
         self.lambda_att = lambda_att
         self.online = Branch(arch, stem, (height // stride, width // stride), method, blocks, heads, position,
                              "conv5" if method == "sequential" else tap, detach_trunk, hidden_dim, out_dim)
@@ -359,7 +363,7 @@ def load_checkpoint(path):
         raise
     except Exception as error:  # whatever broken bytes make the unpickler raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: truncated, not a checkpoint, or more than tensors ({reason})") from None
+        raise InputError(f"{path}: truncated, not a checkpoint, or more than tensors ({reason})") from None
 
 
 def load_state(path):
@@ -369,7 +373,7 @@ def load_state(path):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path}: holds no state dict of tensors")
+        raise InputError(f"{path}: holds no state dict of tensors")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
@@ -387,7 +391,7 @@ def check_state(path, state, wanted, ignore=()):
     for what, keys in problems.items():
         if keys:
             more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            raise ValueError(f"{path}: {what} {', '.join(keys[:5])}{more}")
+            raise InputError(f"{path}: {what} {', '.join(keys[:5])}{more}")
 
 
 def save_encoder(encoder, file):
@@ -404,7 +408,7 @@ def load_encoder(path, arch=None, stem=None):
     state = load_state(path)
     prefix = next((p for p in PREFIXES if p + "conv1.weight" in state), None)
     if prefix is None:
-        raise ValueError(f"{path}: no ResNet encoder in it (no conv1.weight under any known name)")
+        raise InputError(f"{path}: no ResNet encoder in it (no conv1.weight under any known name)")
     state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     found_stem = "cifar" if state["conv1.weight"].shape[-1] == 3 else "imagenet"
     with torch.device("meta"):  # of nested architectures, which share as many keys, the smallest comes first
@@ -413,7 +417,7 @@ def load_encoder(path, arch=None, stem=None):
                                                  for key, value in wanted[name].items()))
     for what, given, found in (("arch", arch, found_arch), ("stem", stem, found_stem)):
         if given not in (None, found):
-            raise ValueError(f"{path}: {what} {given} was asked for, but the file holds {found}")
+            raise InputError(f"{path}: {what} {given} was asked for, but the file holds {found}")
     check_state(path, state, wanted[found_arch], ignore=("fc.", "trans.", "fc1.", "fc2."))
     encoder = Encoder(found_arch, found_stem)
     encoder.load_state_dict(state, strict=False)  # without num_batches_tracked, with fc, perhaps

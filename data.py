@@ -18,6 +18,8 @@ from PIL import Image, ImageFilter
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets, transforms
 
+from care import InputError
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -133,7 +135,7 @@ def open_images(data, split, data_root="data", size=64, download=False):
     name, _, count = data.partition(":")
     if name == "shapes":
         if count and not (count.isdigit() and int(count)):
-            raise ValueError(f"--data {data}: N of shapes:N is the number of training images")
+            raise InputError(f"--data {data}: N of shapes:N is the number of training images")
         return Shapes("val", 1000, size) if split == "val" else Shapes("train", int(count or 4000), size)
     if name in ("cifar10", "stl10"):
         try:
@@ -142,17 +144,17 @@ def open_images(data, split, data_root="data", size=64, download=False):
             part = {"pretrain": "unlabeled", "train": "train", "val": "test"}[split]
             return datasets.STL10(data_root, split=part, download=download)
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"--data {data}: not in {data_root}, nor to be downloaded ({error})") from None
+            raise InputError(f"--data {data}: not in {data_root}, nor to be downloaded ({error})") from None
     root = Path(data)
     if not root.is_dir():
-        raise ValueError(f"--data {data}: no such folder (nor one of shapes, cifar10, stl10)")
+        raise InputError(f"--data {data}: no such folder (nor one of shapes, cifar10, stl10)")
     try:
         if split == "pretrain":
             return ImageFiles(root / "train" if (root / "train").is_dir() else root)
         return datasets.ImageFolder(root / split)
     except (FileNotFoundError, NotADirectoryError) as error:
         wanted = "no images below it" if split == "pretrain" else f"no folder {split} with images by class"
-        raise ValueError(f"--data {data}: {wanted} ({error})") from None
+        raise InputError(f"--data {data}: {wanted} ({error})") from None
 
 
 def file_of(source, index):

@@ -36,7 +36,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, box_convert, clip_boxes_to_image, roi_align
 from tqdm import tqdm
 
-from care import ARCHS
+from care import ARCHS, InputError
 from data import IMAGENET_MEAN, IMAGENET_STD, Shapes, Stream, mask_box, open_images, stream_batches
 from train import (Unreadable, add_run_arguments, agree, average, catch_signals, fail, ignore_signals,
                    memory_gib, new_parser, on_rank_0, open_encoder, open_log, open_run, parallelise,
@@ -153,7 +153,7 @@ class Voc(ConcatDataset):
             super().__init__([VOCDetection(root, year, part) for year, part in parts])
         except (RuntimeError, OSError) as error:
             wanted = " and ".join(f"VOCdevkit/VOC{year} ({part})" for year, part in parts)
-            raise ValueError(f"--data {root}: must hold {wanted} ({error})") from None
+            raise InputError(f"--data {root}: must hold {wanted} ({error})") from None
         self.samples = [(path, None) for part in self.datasets for path in part.images]
 
     def __getitem__(self, index):
@@ -174,7 +174,7 @@ class Coco(CocoDetection):
             with contextlib.redirect_stdout(io.StringIO()):
                 super().__init__(folder, path)
         except (AssertionError, LookupError, TypeError, ValueError, OSError) as error:
-            raise ValueError(f"--data {root}: cannot read {path} ({error!r})") from None
+            raise InputError(f"--data {root}: cannot read {path} ({error!r})") from None
         categories = self.coco.loadCats(sorted(self.coco.getCatIds()))
         self.split, self.classes = split, [category["name"] for category in categories]
         self.labels = {category["id"]: label for label, category in enumerate(categories, 1)}
@@ -198,7 +198,7 @@ def open_source(data, protocol, split):
     if data.partition(":")[0] == "shapes":
         return Scenes(split, 200 if split == "val" else len(open_images(data, "train")), size=128)
     if not Path(data).is_dir():
-        raise ValueError(f"--data {data}: no such folder (nor shapes)")
+        raise InputError(f"--data {data}: no such folder (nor shapes)")
     return (Voc if protocol == "voc-c4" else Coco)(data, split)
 
 
@@ -398,7 +398,7 @@ def main(argv=None):
         args.arch = encoder.arch
         source, val = (open_source(args.data, args.protocol, split) for split in ("train", "val"))
         if args.batch_size % world or len(source) < args.batch_size:
-            raise ValueError(f"--batch-size {args.batch_size}: must be a multiple of {world} ranks, at most "
+            raise InputError(f"--batch-size {args.batch_size}: must be a multiple of {world} ranks, at most "
                              f"{len(source)} training images")
         lock = open_run(args.out) if rank == 0 else None  # held until the process ends
     torch.manual_seed(args.seed)

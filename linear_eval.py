@@ -21,7 +21,7 @@ from torch.utils.data import Subset
 from torchvision import transforms
 from tqdm import tqdm
 
-from care import ARCHS, pool
+from care import ARCHS, InputError, pool
 from data import Stream, crop_and_flip, normalize, open_images, stream_batches
 from train import (Unreadable, add_data_arguments, add_run_arguments, agree, average, catch_signals,
                    fail, load_batches, memory_gib, new_parser, on_rank_0, open_encoder,
@@ -81,7 +81,7 @@ def setup(args, kind):
         encoder, args.sha256 = open_encoder(args.pretrained, args.arch, stem, args.seed)
         args.arch, args.stem = encoder.arch, encoder.stem
         if any(side % encoder.stride or side < encoder.stride for side in args.image_size):
-            raise ValueError(f"--image-size {args.image_size}: encoder needs multiples of {encoder.stride}")
+            raise InputError(f"--image-size {args.image_size}: encoder needs multiples of {encoder.stride}")
         if rank == 0:
             lock = open_run(args.out)
             if args.data in ("cifar10", "stl10"):
@@ -91,7 +91,7 @@ def setup(args, kind):
                       for split in ("train", "val"))
         if train.classes != val.classes:
             differ = sorted(set(train.classes) ^ set(val.classes))
-            raise ValueError(f"--data {args.data}: train and val differ in classes ({', '.join(differ[:5])})")
+            raise InputError(f"--data {args.data}: train and val differ in classes ({', '.join(differ[:5])})")
     encoder = encoder.to(device, memory_format=torch.channels_last)
     return SimpleNamespace(rank=rank, world=world, device=device, autocast=autocast, stopping=stopping,
                            lock=lock, encoder=encoder, train=train, val=val, classes=len(val.classes))

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from care import pool
+from care import InputError, pool
 from linear_eval import (add_evaluation_arguments, evaluate, finish, fit, labels_of, new_head, setup,
                          split_by_class)
 from train import fail, new_parser, positive, user_errors, write_whole
@@ -57,7 +57,7 @@ def read_subset(path, source):
     wanted = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     missing = [name for name in wanted if name not in index]
     if missing:
-        raise ValueError(f"{path}: {len(missing)} of {len(wanted)} names are not in the training images, "
+        raise InputError(f"{path}: {len(missing)} of {len(wanted)} names are not in the training images, "
                          f"first {', '.join(missing[:3])}")
     return check_classes(sorted({index[name] for name in wanted}), source, path)
 
@@ -73,7 +73,7 @@ def check_classes(indices, source, what):
     labels = labels_of(source)
     empty = set(range(len(source.classes))) - {labels[i] for i in indices}
     if empty:
-        raise ValueError(f"{what}: no image for {len(empty)} classes, first {source.classes[min(empty)]}")
+        raise InputError(f"{what}: no image for {len(empty)} classes, first {source.classes[min(empty)]}")
     return indices
 
 

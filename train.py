@@ -36,8 +36,8 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from care import (ARCHS, CARE, METHODS, POSITIONS, TAPS, Encoder, check_state, load_checkpoint, load_encoder,
-                  pool, save_encoder, tau_at)
+from care import (ARCHS, CARE, METHODS, POSITIONS, TAPS, Encoder, InputError, check_state,
+                  load_checkpoint, load_encoder, pool, save_encoder, tau_at)
 from data import Stream, TwoViews, augment, collate, draw, file_of, open_images, stream_batches
 
 # What may differ when a run is resumed: speed, place and output, never the mathematics.
@@ -258,7 +258,7 @@ def open_run(out):
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # POSIX: workers that outlive us do not hold it
     except BlockingIOError:
-        raise ValueError(f"--out {out}: another process is running in this directory") from None
+        raise InputError(f"--out {out}: another process is running in this directory") from None
     for leftover in out.glob("*.tmp"):
         leftover.unlink()
     return lock
@@ -277,12 +277,12 @@ def restore(out, args, parts, free=FREE):
         keys = checkpoint if isinstance(checkpoint, dict) else ()
         missing = {"args", "step", "unreadable", *parts}.difference(keys)
         if missing:
-            raise ValueError(f"{path}: not a checkpoint of this script, without {', '.join(sorted(missing))}")
+            raise InputError(f"{path}: not a checkpoint of this script, without {', '.join(sorted(missing))}")
         then = checkpoint["args"]
         changed = [f"{name} was {then.get(name)}, is {now.get(name)}"
                    for name in sorted({*then, *now} - {*free}) if then.get(name) != now.get(name)]
         if changed:
-            raise ValueError(f"{path}: of another run ({'; '.join(changed)}); repeat its arguments or choose "
+            raise InputError(f"{path}: of another run ({'; '.join(changed)}); repeat its arguments or choose "
                              "another --out")
         check_state(path, checkpoint["model"], parts["model"].state_dict())
         for name, part in parts.items():
@@ -576,7 +576,7 @@ def main(argv=None):
         source = source or open_images(args.data, "pretrain", args.data_root, max(args.image_size))
         args.images = len(source)
         if args.images < args.batch_size:
-            raise ValueError(f"{args.data}: {args.images} images, fewer than --batch-size {args.batch_size}")
+            raise InputError(f"{args.data}: {args.images} images, fewer than --batch-size {args.batch_size}")
         torch.manual_seed(args.seed)
         model_args = {name: getattr(args, name) for name in MODEL_ARGS}
         model, optimizer = new_model(model_args, args, device)

@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-from care import ARCHS, CARE, check_state, load_checkpoint, pool
+from care import ARCHS, CARE, InputError, check_state, load_checkpoint, pool
 from data import normalize, open_images
 from train import fail, new_parser, open_encoder, user_errors, write_whole
 
@@ -83,23 +83,23 @@ def load(args, path, classifier):
     one = SimpleNamespace(path=path, title=name or path, head=None, model=None)
     one.encoder, one.sha256 = open_encoder(path, args.arch, args.stem, args.seed)
     if args.image_size < 1 or args.image_size % one.encoder.stride:
-        raise ValueError(f"--image-size {args.image_size}: {path} needs a multiple of {one.encoder.stride}")
+        raise InputError(f"--image-size {args.image_size}: {path} needs a multiple of {one.encoder.stride}")
     if classifier:
         saved = load_checkpoint(classifier)
         if not isinstance(saved, dict) or not one.sha256 or saved.get("sha256") != one.sha256:
-            raise ValueError(f"{classifier}: not a classifier that linear_eval.py trained on this {path}")
+            raise InputError(f"{classifier}: not a classifier that linear_eval.py trained on this {path}")
         one.classes, count = saved["classes"], len(saved["classes"])
         norm = [nn.BatchNorm1d(count)] if saved["head"] == "linear-bn" else []
         one.head = nn.Sequential(nn.Linear(one.encoder.dim5, count), *norm)
         check_state(classifier, saved["state"], one.head.state_dict())
         one.head.load_state_dict(saved["state"])
         if not 0 <= (args.label or 0) < count:
-            raise ValueError(f"--class {args.label}: {classifier} knows the classes 0 to {count - 1}")
+            raise InputError(f"--class {args.label}: {classifier} knows the classes 0 to {count - 1}")
     if args.t_stream:
         saved = {} if path == "random" else load_checkpoint(path)
         settings = saved.get("model_args", {"method": "byol"})
         if settings["method"] == "byol":
-            raise ValueError(f"--t-stream: {path} has no transformer; give last.pth of a run with a T-stream")
+            raise InputError(f"--t-stream: {path} has no transformer; give last.pth of a run with a T-stream")
         one.model, one.model_size = CARE(**settings), settings["image_size"]
         check_state(path, saved["model"], one.model.state_dict())
         one.model.load_state_dict(saved["model"])
@@ -120,7 +120,7 @@ def read_image(path):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # a decoder may raise anything on broken bytes
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from None
+        raise InputError(f"{path}: cannot be read as an image ({error})") from None
 
 
 def find_images(args):
@@ -141,9 +141,9 @@ def read_log(run):
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
         steps = [line for line in lines if isinstance(line.get("loss"), float) and "step" in line]
     except ValueError as error:
-        raise ValueError(f"{path}: not a log of train.py ({error})") from None
+        raise InputError(f"{path}: not a log of train.py ({error})") from None
     if not steps:
-        raise ValueError(f"{path}: no logged steps of train.py in it")
+        raise InputError(f"{path}: no logged steps of train.py in it")
     return steps
 
 
