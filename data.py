@@ -19,63 +19,20 @@ from torch.utils.data import Dataset, Subset
 from torchvision import datasets, transforms
 
 from care import InputError
+from shapes import CLASSES, mask_box, paint, render_clutter, render_shape, soft_ground  # noqa: F401
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-# ----------------------------------------------------------------------------------------------- shapes
-def polygon(u, v, corners, apothem):
-    """Inside distance to a regular polygon with one corner straight up; v points down."""
-    angle = np.arctan2(u, -v) % (2 * np.pi / corners) - np.pi / corners
-    return apothem - np.hypot(u, v) * np.cos(angle)
-
-
-SHAPES = {  # inside distance, positive inside, in units of the object's radius, at object coordinates (u, v)
-    "disk": lambda u, v: 0.9 - np.hypot(u, v),
-    "square": lambda u, v: 0.8 - np.maximum(abs(u), abs(v)),
-    "triangle": lambda u, v: polygon(u, v - 0.15, 3, 0.6),
-    "diamond": lambda u, v: 0.75 - (abs(u) + abs(v)) / 2 ** 0.5,
-    "hexagon": lambda u, v: polygon(u, v, 6, 0.85),
-    "cross": lambda u, v: np.minimum(0.95 - np.maximum(abs(u), abs(v)), 0.42 - np.minimum(abs(u), abs(v))),
-    "ring": lambda u, v: 0.31 - abs(np.hypot(u, v) - 0.64),
-    "star": lambda u, v: 0.75 - np.hypot(u, v) * (1 - 0.25 * np.cos(5 * np.arctan2(u, -v))),
-    "ellipse": lambda u, v: 0.65 - np.hypot(0.68 * u, v),
-    "half": lambda u, v: np.minimum(1.0 - np.hypot(u, v + 0.4), v + 0.4),
-}
-PATTERNS = {  # between -1 and 1 at pattern coordinates (u, v), whose unit is about one period
-    "stripes": lambda u, v, noise: np.sin(6.28 * v),
-    "checks": lambda u, v, noise: 1.5 * np.sin(6 * u) * np.sin(6 * v),
-    "rings": lambda u, v, noise: np.sin(6.28 * np.hypot(u, v)),
-    "dots": lambda u, v, noise: np.cos(4.4 * u) + np.cos(4.4 * v) - 0.6,
-    "bars": lambda u, v, noise: np.sin(6.28 * u),
-    "grain": lambda u, v, noise: 1.6 * value_noise(4.5 * u, 4.5 * v, noise),
-    "rays": lambda u, v, noise: np.sin(6 * np.arctan2(v, u)),
-    "zigzag": lambda u, v, noise: np.sin(6.28 * (v + abs((1.2 * u) % 1 - 0.5))),
-    "plain": lambda u, v, noise: 0 * u,
-    "spiral": lambda u, v, noise: np.sin(6.28 * np.hypot(u, v) + 2 * np.arctan2(v, u)),
-}
-
-
-def value_noise(x, y, grid):
-    """Bilinear interpolation of a periodic square grid of random numbers at (x, y), in units of its cells."""
-    n = len(grid)
-    i, j = np.floor(y).astype(int), np.floor(x).astype(int)
-    t, s = y - i, x - j
-    top = grid[i % n, j % n] * (1 - s) + grid[i % n, (j + 1) % n] * s
-    return top * (1 - t) + (grid[(i + 1) % n, j % n] * (1 - s) + grid[(i + 1) % n, (j + 1) % n] * s) * t
-
-
+# -------------------------------------------------------------------------------------------- sources
 class Shapes(Dataset):
-    """Embedded data set: one large shape of ten, filled with its class's pattern, on a soft random ground.
+    """Embedded images: number `index` is rendered by one of the functions of shapes.py, at `size` pixels."""
 
-    Class i % 10; muted colours, place, size, period, phase, sign, turn (within 0.5 rad) are random. An image
-    depends on (split, index) alone: equal on every machine, to one gray level. `size`: of the square, pixels.
-    """
+    classes = CLASSES
 
-    classes = [f"{shape}-{pattern}" for shape, pattern in zip(SHAPES, PATTERNS)]
-
-    def __init__(self, split="train", length=4000, size=64):
-        self.split, self.size, self.targets = split, size, [index % 10 for index in range(length)]
+    def __init__(self, split="train", length=4000, size=64, renderer=render_shape):
+        self.split, self.size, self.renderer = split, size, renderer
+        self.targets = [index % 10 for index in range(length)]
 
     def __len__(self):
         return len(self.targets)
@@ -85,44 +42,16 @@ class Shapes(Dataset):
         return Image.fromarray(image), label
 
     def render(self, index):
-        """-> image (size, size, 3) uint8, label, box (x0, y0, x1, y1) in pixels, mask (size, size) bool."""
-        rng = np.random.RandomState((index * 2 + (self.split == "val")) % 2 ** 32)  # frozen by numpy
-        label = index % 10
-        image, level = self.ground(rng)
-        radius = rng.uniform(0.32, 0.48)
-        mask = self.paint(image, rng, label, rng.uniform(radius, 1 - radius, 2), radius, level)
-        return np.rint(image).astype(np.uint8), label, mask_box(mask), mask
+        """-> image (size, size, 3) uint8, label, box (x0, y0, x1, y1), mask (size, size) bool."""
+        return self.renderer(self.split, index, self.size)
 
     def ground(self, rng):
-        """A soft random ground, (size, size, 3) in gray levels, and the image's brightness."""
-        y, x = np.mgrid[:self.size, :self.size] * (3.0 / self.size)
-        soft = value_noise(x, y, rng.uniform(-1, 1, (4, 4)))[..., None]
-        level = rng.uniform(112, 144)
-        return level + rng.uniform(-6, 6) + rng.uniform(-2, 2, 3) + 12 * soft, level
+        return soft_ground(rng, self.size)
 
     def paint(self, image, rng, label, centre, radius, level):
-        """Paint a `label` object into `image`; centre (y, x), radius: parts of the size. -> its mask."""
-        turn, period, phase = rng.uniform(-0.5, 0.5), rng.uniform(0.36, 0.72), rng.uniform(-0.5, 0.5, 2)
-        pixels = np.ogrid[:self.size, :self.size]  # rows (size, 1), columns (1, size)
-        y, x = (((pixel + 0.5) / self.size - c) / radius for pixel, c in zip(pixels, centre))
-        u, v = x * math.cos(turn) + y * math.sin(turn), y * math.cos(turn) - x * math.sin(turn)
-        inside = SHAPES[list(SHAPES)[label]](u, v) * radius * self.size + 0.5  # in pixels: soft edges
-        centred = Shapes.classes[label].endswith(("rings", "rays", "spiral"))
-        pu, pv = 0.3 * phase if centred else phase
-        wave = PATTERNS[list(PATTERNS)[label]](u / period + pu, v / period + pv, rng.uniform(-1, 1, (8, 8)))
-        wave = np.clip(1.5 * wave, -1, 1)[..., None] * rng.uniform(30, 55) * rng.choice((-1, 1))
-        fill = level + rng.uniform(-6, 6) + rng.uniform(-2, 2, 3) + wave
-        image += np.clip(inside, 0, 1)[..., None] * (fill - image)
-        return inside > 0.5
+        return paint(image, rng, label, centre, radius, level=level)
 
 
-def mask_box(mask):
-    """Smallest box (x0, y0, x1, y1) around a mask (H, W), in pixels; x1, y1 are one past the last pixel."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return np.array((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
-
-
-# -------------------------------------------------------------------------------------------- sources
 class ImageFiles(datasets.ImageFolder):
     """Every image below a folder, in sorted order, without labels (label -1)."""
 
@@ -133,10 +62,13 @@ class ImageFiles(datasets.ImageFolder):
 def open_images(data, split, data_root="data", size=64, download=False):
     """Folder, shapes[:N] (`size` pixels), cifar10, stl10; split: pretrain, train, val. ValueError if none."""
     name, _, count = data.partition(":")
-    if name == "shapes":
+    if name in ("shapes", "clutter"):
         if count and not (count.isdigit() and int(count)):
-            raise InputError(f"--data {data}: N of shapes:N is the number of training images")
-        return Shapes("val", 1000, size) if split == "val" else Shapes("train", int(count or 4000), size)
+            raise InputError(f"--data {data}: N of {name}:N is the number of training images")
+        renderer = render_shape if name == "shapes" else render_clutter
+        if split == "val":
+            return Shapes("val", 1000, size, renderer)
+        return Shapes("train", int(count or 4000), size, renderer)
     if name in ("cifar10", "stl10"):
         try:
             if name == "cifar10":
@@ -164,11 +96,14 @@ def file_of(source, index):
     return source.samples[index][0] if hasattr(source, "samples") else None
 
 
-# ---------------------------------------------------------------------------------------------- views
-# A view's row of numbers: jitter, gray, solarize 0/1; four factors; order in ORDERS; sigma in pixels, 0 none.
-PARAMETERS = ("jitter", "brightness", "contrast", "saturation", "hue", "order", "gray", "sigma", "solarize")
+# ------------------------------------------------------------------------------------------- views
+# A view's row of numbers. jitter, gray, solarize: 0 or 1; brightness, contrast, saturation, hue: factors of
+# the jitter's four steps; order: of these steps, a row of ORDERS; sigma: of the blur in pixels, 0 for none.
+JITTER_STEPS = ("brightness", "contrast", "saturation", "hue")
+PARAMETERS = ("jitter", *JITTER_STEPS, "order", "gray", "sigma", "solarize")
 ORDERS = list(permutations(range(4)))
-JITTER = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)
+JITTER = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+CHANCES = ((1.0, 0.0), (0.1, 0.2))  # of blur and of solarize, in the two views (release)
 
 
 def blur_sigmas(size):
@@ -178,10 +113,13 @@ def blur_sigmas(size):
 
 def draw(size, blur, solarize):
     """One view's parameters, drawn by torchvision; `blur` and `solarize` are probabilities."""
-    order, *factors = JITTER.get_params(JITTER.brightness, JITTER.contrast, JITTER.saturation, JITTER.hue)
-    jitter, gray, blurred, solarized = (torch.rand(4) < torch.tensor((0.8, 0.2, blur, solarize))).tolist()
+    jitter = JITTER.get_params(JITTER.brightness, JITTER.contrast, JITTER.saturation, JITTER.hue)
+    order, *factors = jitter
+    chances = torch.tensor((0.8, 0.2, blur, solarize))
+    jittered, gray, blurred, solarized = (torch.rand(4) < chances).tolist()
     sigma = transforms.GaussianBlur.get_params(*blur_sigmas(size))
-    return (jitter, *factors, ORDERS.index(tuple(order.tolist())), gray, sigma * blurred, solarized)
+    row = ORDERS.index(tuple(order.tolist()))
+    return (jittered, *factors, row, gray, sigma * blurred, solarized)
 
 
 def crop_and_flip(image, size, crop_min=0.08):
@@ -196,8 +134,9 @@ def per_image(image, parameters):
     p = dict(zip(PARAMETERS, parameters))
     if p["jitter"]:
         for step in ORDERS[int(p["order"])]:
-            name = ("brightness", "contrast", "saturation", "hue")[step]
-            image = getattr(TF, f"adjust_{name}")(image, p[name])
+            name = JITTER_STEPS[step]
+            adjust = getattr(TF, f"adjust_{name}")
+            image = adjust(image, p[name])
     if p["sigma"]:
         image = image.filter(ImageFilter.GaussianBlur(p["sigma"]))
     if p["gray"]:
@@ -208,34 +147,42 @@ def per_image(image, parameters):
 
 
 class TwoViews:
-    """Image -> views (2, 3, height, width), parameters (2, 9). "device": uint8 crops, "worker": all done."""
+    """PIL image -> views (2, 3, height, width), parameters (2, 9).
+
+    augment: "device" gives uint8 crops, for `augment` to finish; "worker" all of it, by `per_image`.
+    """
 
     def __init__(self, size, augment="device", crop_min=0.08):
         self.size, self.augment, self.crop_min = size, augment, crop_min
 
     def __call__(self, image):
-        crops, parameters = [], []
-        for blur, solarize in ((1.0, 0.0), (0.1, 0.2)):  # probabilities of the two views in the paper
-            crops.append(crop_and_flip(image, self.size, self.crop_min))
-            parameters.append(draw(self.size, blur, solarize))
-        apply = per_image if self.augment == "worker" else lambda crop, _: TF.pil_to_tensor(crop)
-        return torch.stack([apply(*pair) for pair in zip(crops, parameters)]), torch.tensor(parameters)
+        views, rows = [], []
+        for blur, solarize in CHANCES:
+            crop = crop_and_flip(image, self.size, self.crop_min)
+            row = draw(self.size, blur, solarize)
+            view = per_image(crop, row) if self.augment == "worker" else TF.pil_to_tensor(crop)
+            views.append(view)
+            rows.append(row)
+        return torch.stack(views), torch.tensor(rows)
 
 
-def beside(x, values):
+def per_channel(x, values):
     """Three numbers, one a channel, as (3, 1, 1) on the device of x, which is not waited for."""
     return torch.tensor(values, dtype=x.dtype).view(3, 1, 1).to(x.device, non_blocking=True)
 
 
-def normalize(x):
+def imagenet_normalize(x):
     """(B, 3, H, W), uint8 or float in 0..1 -> float32 with ImageNet's mean 0 and standard deviation 1."""
     x = x if x.is_floating_point() else x.float() / 255
-    return (x - beside(x, IMAGENET_MEAN)) / beside(x, IMAGENET_STD)
+    return (x - per_channel(x, IMAGENET_MEAN)) / per_channel(x, IMAGENET_STD)
+
+
+normalize = imagenet_normalize
 
 
 def to_gray(x):
     """Luma of (B, 3, H, W) -> (B, 1, H, W); ITU-R 601, as PIL and torchvision."""
-    return (x * beside(x, (0.299, 0.587, 0.114))).sum(1, keepdim=True)
+    return (x * per_channel(x, (0.299, 0.587, 0.114))).sum(1, keepdim=True)
 
 
 def shift_hue(x, shift):
@@ -244,9 +191,23 @@ def shift_hue(x, shift):
     value = x.amax(1)
     chroma = value - x.amin(1)
     c = torch.where(chroma > 0, chroma, 1)  # no division by zero
-    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c))
-    k = (hue[:, None] + 6 * shift + beside(x, (5, 3, 1))) % 6  # in sixths of a turn
+    green_or_blue = torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c)
+    hue = torch.where(value == r, (g - b) / c, green_or_blue)  # in sixths of a turn
+    k = (hue[:, None] + 6 * shift + per_channel(x, (5, 3, 1))) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def jitter_step(x, name, factor):
+    """One of torchvision's colour jitter steps on (B, 3, H, W) in 0..1; `factor` (B, 1, 1, 1)."""
+    if name == "hue":
+        return shift_hue(x, factor)
+    if name == "brightness":
+        target = 0
+    elif name == "contrast":
+        target = to_gray(x).mean((2, 3), keepdim=True)
+    else:
+        target = to_gray(x)
+    return (factor * x + (1 - factor) * target).clamp(0, 1)
 
 
 def blur(x, sigma, radius):
@@ -255,38 +216,41 @@ def blur(x, sigma, radius):
     taps = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)  # (B, K)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(C, 0)  # (B*C, K)
-    x = F.pad(x, (radius,) * 4, mode="reflect").reshape(1, B * C, H + 2 * radius, W + 2 * radius)
+    x = F.pad(x, (radius,) * 4, mode="reflect")
+    x = x.reshape(1, B * C, H + 2 * radius, W + 2 * radius)
     x = F.conv2d(x, kernel[:, None, None, :], groups=B * C)  # (1, B*C, H + 2 radius, W)
-    return F.conv2d(x, kernel[:, None, :, None], groups=B * C).reshape(B, C, H, W)
+    x = F.conv2d(x, kernel[:, None, :, None], groups=B * C)  # (1, B*C, H, W)
+    return x.reshape(B, C, H, W)
+
+
+def rows_where(condition):
+    """Numbers of the rows for which `condition` (B,), on the CPU, holds: no device is waited for."""
+    return condition.nonzero()[:, 0]
 
 
 def augment(x, parameters):
     """Batched `per_image`: crops (B, 3, H, W) uint8, parameters (B, 9) on the CPU -> normalised float32."""
     p = dict(zip(PARAMETERS, parameters.unbind(1)))
+    device = x.device
     x = x.float() / 255
-    pick = lambda rows: rows.nonzero()[:, 0]  # on the CPU: the device is not waited for
-    device = lambda values: values.to(x.device, non_blocking=True)
     orders = torch.tensor(ORDERS)[p["order"].long()]  # (B, 4)
     for position in range(4):
-        for step, name in enumerate(("brightness", "contrast", "saturation", "hue")):
-            rows = pick((p["jitter"] > 0) & (orders[:, position] == step))
-            factor, rows = device(p[name][rows].view(-1, 1, 1, 1)), device(rows)
-            part = x[rows]
-            if name == "hue":
-                x[rows] = shift_hue(part, factor)
-                continue
-            gray = to_gray(part)
-            towards = {"brightness": 0, "contrast": gray.mean((2, 3), keepdim=True), "saturation": gray}
-            x[rows] = (factor * part + (1 - factor) * towards[name]).clamp(0, 1)
-    rows = pick(p["sigma"] > 0)
+        for step, name in enumerate(JITTER_STEPS):
+            rows = rows_where((p["jitter"] > 0) & (orders[:, position] == step))
+            factor = p[name][rows].view(-1, 1, 1, 1).to(device, non_blocking=True)
+            rows = rows.to(device, non_blocking=True)
+            x[rows] = jitter_step(x[rows], name, factor)
+    rows = rows_where(p["sigma"] > 0)
     if len(rows):
-        sigma, rows = device(p["sigma"][rows]), device(rows)
-        x[rows] = blur(x[rows], sigma, radius=math.ceil(3 * blur_sigmas(x.shape[2:])[1]))
-    rows = device(pick(p["gray"] > 0))
+        sigma = p["sigma"][rows].to(device, non_blocking=True)
+        rows = rows.to(device, non_blocking=True)
+        radius = math.ceil(3 * blur_sigmas(x.shape[2:])[1])
+        x[rows] = blur(x[rows], sigma, radius)
+    rows = rows_where(p["gray"] > 0).to(device, non_blocking=True)
     x[rows] = to_gray(x[rows]).expand(-1, 3, -1, -1)
-    rows = device(pick(p["solarize"] > 0))
+    rows = rows_where(p["solarize"] > 0).to(device, non_blocking=True)
     x[rows] = TF.solarize(x[rows], 128 / 255)
-    return normalize(x)
+    return imagenet_normalize(x)
 
 
 # --------------------------------------------------------------------------------------------- stream
