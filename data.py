@@ -1,12 +1,18 @@
-"""Images, views and the sample stream.
+"""Data sets and what they run with, image files, views, and the sample stream.
 
-Images: a folder, cifar10, stl10, or the embedded `shapes` (rendered); source[i] -> (RGB PIL image, label).
-Views (paper Sec. 4.1, release): random resized crop, colour jitter, blur, grayscale, flip, solarize. Drawn by
-torchvision, applied by `per_image` (torchvision and PIL, in a worker: the reference) or `augment` (batched).
-The stream: sample n, its image and every draw of its views, is fixed by (seed, n) alone. So a run does not
-depend on the number of workers or ranks, and one that resumes at step s goes on exactly.
+Images: source[i] -> (RGB PIL image, label), from a folder, a downloaded set or shapes.py.
+Views (paper Sec. 4.1, release): random crop, colour jitter, blur, grayscale, flip, solarize. Drawn
+by torchvision, applied by `per_image` (in a worker: the reference) or `augment` (batched).
+The stream: sample n, its image and every draw of its views, is fixed by (seed, n) alone. So a run
+does not depend on the number of workers or ranks, and one that resumes at step s goes on exactly.
 """
+import errno
+import io
 import math
+import os
+import sys
+import time
+from array import array
 from itertools import permutations
 from pathlib import Path
 
@@ -14,53 +20,218 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets, transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from care import InputError
-from shapes import CLASSES, mask_box, paint, render_clutter, render_shape, soft_ground  # noqa: F401
+from shapes import Shapes, mask_box, render_clutter, render_shape  # noqa: F401  mask_box: detect_eval
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+# What each data set runs with unless a flag says otherwise. base_lr is per 256 images, crop_min the
+# smallest crop's share of an image, knn_every in epochs; warmup_epochs None: min(10, epochs / 10).
+# tau_base 0.99 is made for 125,000 steps: the fewer steps, the lower.
+COLUMNS = ("arch", "stem", "image_size", "hidden_dim", "batch_size", "base_lr", "epochs",
+           "warmup_epochs", "tau_base", "crop_min", "knn_every", "knn_images")
+RECIPES = {
+    # the paper's 100-epoch run (Sec. 4.1)
+    "folder": ("resnet50", "imagenet", 224, 4096, 1024, 0.05, 100, None, 0.99, 0.08, 0, 50000),
+    # 750 steps: minutes on two cores
+    "shapes": ("resnet18", "imagenet", 32, 512, 32, 0.2, 6, None, 0.9, 0.3, 1, 1000),
+    # 1,000 steps; 64 pixels: the transformer has 16 positions at conv4 to attend to
+    "clutter": ("resnet18", "imagenet", 64, 512, 32, 0.2, 8, None, 0.9, 0.3, 1, 1000),
+    # 39,000 steps each at the paper's rate; smaller crops of so small images show next to nothing
+    "cifar10": ("resnet18", "cifar", 32, 2048, 256, 0.05, 200, None, 0.99, 0.2, 10, 5000),
+    "stl10": ("resnet18", "imagenet", 96, 2048, 256, 0.05, 100, None, 0.99, 0.2, 5, 5000),
+    # 14,600 steps over 9,469 images
+    "imagenette": ("resnet18", "imagenet", 160, 2048, 128, 0.1, 200, None, 0.98, 0.2, 10, 5000),
+}
+RECIPES = {name: dict(zip(COLUMNS, row)) for name, row in RECIPES.items()}
+NAMED_SETS = tuple(name for name in RECIPES if name != "folder")
 
-# -------------------------------------------------------------------------------------------- sources
-class Shapes(Dataset):
-    """Embedded images: number `index` is rendered by one of the functions of shapes.py, at `size` pixels."""
 
-    classes = CLASSES
+def recipe_of(data):
+    """What runs with a --data: a named set's recipe, or `folder`'s."""
+    return RECIPES.get(data.partition(":")[0], RECIPES["folder"])
 
-    def __init__(self, split="train", length=4000, size=64, renderer=render_shape):
-        self.split, self.size, self.renderer = split, size, renderer
-        self.targets = [index % 10 for index in range(length)]
+
+# ------------------------------------------------------------------------------------- image files
+OUTAGES = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # what a network disk says when it is away
+PAUSES = (1, 2, 4, 8, 16, 30)  # seconds between attempts, about a minute in all
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF
+
+
+class UnreadableImage(InputError):
+    """A file whose content cannot be shown as an image; `reason` says why."""
+
+    def __init__(self, path, reason=""):
+        super().__init__(f"{path}: cannot be read as an image ({reason})")
+        self.reason = reason
+
+
+def read_bytes(path):
+    """The content of a file. An outage of its disk is waited for, about a minute; then OSError."""
+    for pause in (*PAUSES, None):
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            error.filename = path  # a failed read does not name its file
+            if error.errno not in OUTAGES or pause is None:
+                raise
+            print(f"warning: {error}; trying again in {pause} s", file=sys.stderr)
+        time.sleep(pause)
+
+
+def read_image(path, upright=False):
+    """An image file of any mode and depth as viewers show it: RGB, 8 bits, on white where clear.
+
+    Deep gray is scaled from its full range, and refused where nothing tells that range (floats, 32
+    bits). Images of 8 bits without transparency are torchvision's loader's, bit for bit: not turned
+    as EXIF asks, like all that was ever trained on ImageNet; upright=True turns them, to look at.
+    UnreadableImage: its content is at fault. OSError: the system refuses to read it.
+    """
+    content = read_bytes(path)
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+        shown = ImageOps.exif_transpose(image) if upright else image
+    except (ImportError, MemoryError):  # no fault of the file's
+        raise
+    except Exception as error:  # a decoder may raise anything on foreign bytes
+        reason = str(error).partition(" <_io")[0] or type(error).__name__
+        raise UnreadableImage(path, reason) from error
+    if image.mode[0] in "IF":
+        return scale_to_8_bits(path, image, np.asarray(shown)).convert("RGB")
+    if not image.has_transparency_data:
+        return shown.convert("RGB")
+    colour = shown.info.get("transparency")
+    if isinstance(colour, tuple) and max(colour) > 255:  # of 16 bits, where PIL kept 8 of the image
+        shown.info["transparency"] = tuple(value >> 8 for value in colour)
+    shown = shown.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB")
+
+
+def scale_to_8_bits(path, image, values):
+    """Deep gray values (height, width) of an opened image -> an image of mode L."""
+    if not (image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")):
+        raise UnreadableImage(path, f"mode {image.mode} has no known range: convert it to 16 bits")
+    tags = getattr(image, "tag_v2", {})
+    largest = 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
+    levels = np.rint(values / largest * 255)
+    if tags.get(PHOTOMETRIC) == 0:  # 0 is white
+        levels = 255 - levels
+    if "transparency" in image.info:
+        levels[values == image.info["transparency"]] = 255
+    return Image.fromarray(levels.astype(np.uint8))
+
+
+# ----------------------------------------------------------------------------------------- folders
+SPLITS = ("train", "val", "valid", "validation", "dev", "test", "testing", "unlabeled")
+
+
+def is_image(file):
+    """Whether a name is that of an image, and not of the notes that macOS keeps beside one."""
+    return file.lower().endswith(IMG_EXTENSIONS) and not file.startswith("._")
+
+
+def image_names(folder, below=""):
+    """Names of all images below folder/below, relative to `folder`, in torchvision's order.
+
+    Links to folders are followed, but no folder is entered twice, and none that `folder` lies in.
+    OSError when one may not be read.
+    """
+    def refuse(error):
+        raise error
+
+    folder = os.path.realpath(folder)
+    top = os.path.join(folder, below)
+    above = [*Path(top).parents, *Path(top).resolve().parents]
+    entered, found = set(map(str, above)), []
+    for path, subfolders, files in os.walk(top, onerror=refuse, followlinks=True):
+        real_path = os.path.realpath(path)
+        if real_path in entered:
+            subfolders.clear()
+        else:
+            entered.add(real_path)
+            subfolders.sort()
+            found.append((path, files))
+    for path, files in sorted(found):
+        relative = os.path.relpath(path, folder)
+        for file in filter(is_image, sorted(files)):
+            yield file if relative == "." else f"{relative}/{file}"
+
+
+class ImageFiles(Dataset):
+    """The images below a folder: `labelled`, with a class for each folder in it, or without (-1).
+
+    root: the folder; classes: names, sorted; targets (n,): labels; name(i) and path(i): of a file.
+    Names are kept as bytes in one piece: a million Python objects take 200 MiB, and every worker
+    makes a copy of its own of them by counting references.
+    """
+
+    def __init__(self, root, labelled=False):
+        self.root, self.classes = os.fspath(root), []
+        if labelled:
+            with os.scandir(root) as entries:
+                self.classes = sorted(entry.name for entry in entries if entry.is_dir())
+            if not self.classes:
+                raise InputError(f"{root}: no folders in it, one a class")
+        names, ends, targets = bytearray(), array("q", [0]), array("q")
+        for label, below in enumerate(self.classes or [""]):
+            before = len(targets)
+            for name in image_names(self.root, below):
+                names += os.fsencode(name)
+                ends.append(len(names))
+                targets.append(label if labelled else -1)
+            if len(targets) == before:
+                raise InputError(f"{Path(root) / below}: no images below it")
+        self.names, self.ends, self.targets = bytes(names), np.array(ends), np.array(targets)
 
     def __len__(self):
         return len(self.targets)
 
     def __getitem__(self, index):
-        image, label, _, _ = self.render(index)
-        return Image.fromarray(image), label
+        return read_image(self.path(index)), int(self.targets[index])
 
-    def render(self, index):
-        """-> image (size, size, 3) uint8, label, box (x0, y0, x1, y1), mask (size, size) bool."""
-        return self.renderer(self.split, index, self.size)
+    def name(self, index):
+        """A file's path below the root; bytes that are no UTF-8 as os.fsdecode keeps them."""
+        return os.fsdecode(self.names[self.ends[index]:self.ends[index + 1]])
 
-    def ground(self, rng):
-        return soft_ground(rng, self.size)
-
-    def paint(self, image, rng, label, centre, radius, level):
-        return paint(image, rng, label, centre, radius, level=level)
+    def path(self, index):
+        return os.path.join(self.root, self.name(index))
 
 
-class ImageFiles(datasets.ImageFolder):
-    """Every image below a folder, in sorted order, without labels (label -1)."""
+def pretraining_folder(root):
+    """root/train where that is a split; root where `train` is a class or is not there.
 
-    def find_classes(self, directory):
-        return [""], {"": -1}
+    The images and folders with images beside it decide. There are none, or splits alone: it is one.
+    None is a split, and it has images in itself: a class. InputError for anything between.
+    """
+    train = os.path.join(root, "train")
+    if not os.path.isdir(train):
+        return root
+    names = sorted(set(os.listdir(root)) - {"train"})
+    folders = [name for name in names if os.path.isdir(os.path.join(root, name))]
+    beside = [name for name in folders if next(image_names(root, name), None)]
+    beside += [name for name in names if is_image(name)]
+    others = [name for name in beside if name.lower() not in SPLITS]
+    if not others:
+        return train
+    if len(others) == len(beside) and any(is_image(name) for name in os.listdir(train)):
+        return root
+    raise InputError(f"--data {root}: is its folder train a split, or a class beside {others[0]}? "
+                     f"Give --data {train} for it alone, or rename it to take all images")
 
 
+# ----------------------------------------------------------------------------------------- sources
 def open_images(data, split, data_root="data", size=64, download=False):
-    """Folder, shapes[:N] (`size` pixels), cifar10, stl10; split: pretrain, train, val. ValueError if none."""
+    """The images of a --data; `split`: pretrain (there may be no labels), train or val.
+
+    shapes:N and clutter:N have N training images, of `size` pixels. InputError if there are none.
+    """
     name, _, count = data.partition(":")
     if name in ("shapes", "clutter"):
         if count and not (count.isdigit() and int(count)):
@@ -69,36 +240,51 @@ def open_images(data, split, data_root="data", size=64, download=False):
         if split == "val":
             return Shapes("val", 1000, size, renderer)
         return Shapes("train", int(count or 4000), size, renderer)
-    if name in ("cifar10", "stl10"):
+    if name in NAMED_SETS:
         try:
-            if name == "cifar10":
-                return datasets.CIFAR10(data_root, train=split != "val", download=download)
-            part = {"pretrain": "unlabeled", "train": "train", "val": "test"}[split]
-            return datasets.STL10(data_root, split=part, download=download)
+            return open_download(name, split, data_root, download)
         except (RuntimeError, OSError) as error:
-            raise InputError(f"--data {data}: not in {data_root}, nor to be downloaded ({error})") from None
-    root = Path(data)
-    if not root.is_dir():
-        raise InputError(f"--data {data}: no such folder (nor one of shapes, cifar10, stl10)")
+            raise InputError(f"--data {data}: not in {data_root}, nor to be downloaded "
+                             f"({error})") from None
     try:
         if split == "pretrain":
-            return ImageFiles(root / "train" if (root / "train").is_dir() else root)
-        return datasets.ImageFolder(root / split)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        wanted = "no images below it" if split == "pretrain" else f"no folder {split} with images by class"
-        raise InputError(f"--data {data}: {wanted} ({error})") from None
+            return ImageFiles(pretraining_folder(data))
+        return ImageFiles(os.path.join(data, split), labelled=True)
+    except (FileNotFoundError, NotADirectoryError):
+        missing = f"no folder {split} with images by class in it"
+        if not os.path.isdir(data):
+            missing = f"no such folder (nor one of {', '.join(NAMED_SETS)})"
+        raise InputError(f"--data {data}: {missing}") from None
+
+
+def open_download(name, split, data_root, download):
+    """A data set of torchvision's; RuntimeError or OSError where it is not there."""
+    part = "val" if split == "val" else "train"
+    if name == "cifar10":
+        return datasets.CIFAR10(data_root, train=part == "train", download=download)
+    if name == "stl10":
+        part = {"pretrain": "unlabeled", "train": "train", "val": "test"}[split]
+        return datasets.STL10(data_root, split=part, download=download)
+    folder = Path(data_root) / "imagenette2-160"
+    datasets.Imagenette(data_root, part, size="160px", download=download and not folder.is_dir())
+    return ImageFiles(folder / part, labelled=True)
 
 
 def file_of(source, index):
-    """The file of an image of a data set, or of a Subset of one; None where it has none."""
+    """The file of an image of a source, or of a Subset of one; None where it has none."""
     if isinstance(source, Subset):
         return file_of(source.dataset, source.indices[index])
-    return source.samples[index][0] if hasattr(source, "samples") else None
+    return source.path(index) if hasattr(source, "path") else None
 
 
-# ------------------------------------------------------------------------------------------- views
-# A view's row of numbers. jitter, gray, solarize: 0 or 1; brightness, contrast, saturation, hue: factors of
-# the jitter's four steps; order: of these steps, a row of ORDERS; sigma: of the blur in pixels, 0 for none.
+def describe(source):
+    """Which images a run uses, and how many, in one line."""
+    return f"{len(source)} images in {source.root}"
+
+
+# ------------------------------------------------------------------------------------------ views
+# A view's row of numbers. jitter, gray, solarize: 0 or 1; brightness to hue: the jitter's four
+# factors; order: of these steps, a row of ORDERS; sigma: of the blur in pixels, 0 for none.
 JITTER_STEPS = ("brightness", "contrast", "saturation", "hue")
 PARAMETERS = ("jitter", *JITTER_STEPS, "order", "gray", "sigma", "solarize")
 ORDERS = list(permutations(range(4)))
@@ -107,36 +293,35 @@ CHANCES = ((1.0, 0.0), (0.1, 0.2))  # of blur and of solarize, in the two views 
 
 
 def blur_sigmas(size):
-    """Least and largest blur sigma in pixels: the paper's 0.1, 2 at 224, scaled to `size` (height, width)."""
+    """Least and largest sigma in pixels: the paper's 0.1, 2 at 224, scaled to (height, width)."""
     return 0.1 * min(size) / 224, 2.0 * min(size) / 224
 
 
 def draw(size, blur, solarize):
     """One view's parameters, drawn by torchvision; `blur` and `solarize` are probabilities."""
-    jitter = JITTER.get_params(JITTER.brightness, JITTER.contrast, JITTER.saturation, JITTER.hue)
-    order, *factors = jitter
+    ranges = (JITTER.brightness, JITTER.contrast, JITTER.saturation, JITTER.hue)
+    order, *factors = JITTER.get_params(*ranges)
     chances = torch.tensor((0.8, 0.2, blur, solarize))
     jittered, gray, blurred, solarized = (torch.rand(4) < chances).tolist()
     sigma = transforms.GaussianBlur.get_params(*blur_sigmas(size))
-    row = ORDERS.index(tuple(order.tolist()))
-    return (jittered, *factors, row, gray, sigma * blurred, solarized)
+    order = ORDERS.index(tuple(order.tolist()))
+    return (jittered, *factors, order, gray, sigma * blurred, solarized)
 
 
 def crop_and_flip(image, size, crop_min=0.08):
-    """Random resized crop (crop_min to all of the area) of a PIL image to `size`, flipped with p 0.5."""
+    """Random crop (crop_min to all of the area) of a PIL image, resized, flipped with p 0.5."""
     box = transforms.RandomResizedCrop.get_params(image, (crop_min, 1.0), (3 / 4, 4 / 3))
     image = TF.resized_crop(image, *box, size)
     return TF.hflip(image) if torch.rand(()) < 0.5 else image
 
 
 def per_image(image, parameters):
-    """The reference: one view's parameters on a PIL image, by torchvision and PIL, in the release's order."""
+    """The reference: a view of a PIL image by torchvision and PIL, in the release's order."""
     p = dict(zip(PARAMETERS, parameters))
     if p["jitter"]:
         for step in ORDERS[int(p["order"])]:
             name = JITTER_STEPS[step]
-            adjust = getattr(TF, f"adjust_{name}")
-            image = adjust(image, p[name])
+            image = getattr(TF, f"adjust_{name}")(image, p[name])
     if p["sigma"]:
         image = image.filter(ImageFilter.GaussianBlur(p["sigma"]))
     if p["gray"]:
@@ -149,7 +334,7 @@ def per_image(image, parameters):
 class TwoViews:
     """PIL image -> views (2, 3, height, width), parameters (2, 9).
 
-    augment: "device" gives uint8 crops, for `augment` to finish; "worker" all of it, by `per_image`.
+    augment: "device" gives uint8 crops, which `augment` finishes; "worker" does it by `per_image`.
     """
 
     def __init__(self, size, augment="device", crop_min=0.08):
@@ -172,12 +357,12 @@ def per_channel(x, values):
 
 
 def imagenet_normalize(x):
-    """(B, 3, H, W), uint8 or float in 0..1 -> float32 with ImageNet's mean 0 and standard deviation 1."""
+    """(B, 3, H, W), uint8 or float in 0..1 -> float32; ImageNet has mean 0 and deviation 1."""
     x = x if x.is_floating_point() else x.float() / 255
     return (x - per_channel(x, IMAGENET_MEAN)) / per_channel(x, IMAGENET_STD)
 
 
-normalize = imagenet_normalize
+normalize = imagenet_normalize  # until all import the new name
 
 
 def to_gray(x):
@@ -211,7 +396,7 @@ def jitter_step(x, name, factor):
 
 
 def blur(x, sigma, radius):
-    """Gaussian blur of (B, C, H, W), sigma (B,) in pixels, kernels of 2 * radius + 1, reflected borders."""
+    """Gaussian blur of (B, C, H, W), sigma (B,) in pixels, kernels of 2 * radius + 1."""
     B, C, H, W = x.shape
     taps = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)  # (B, K)
@@ -219,68 +404,82 @@ def blur(x, sigma, radius):
     x = F.pad(x, (radius,) * 4, mode="reflect")
     x = x.reshape(1, B * C, H + 2 * radius, W + 2 * radius)
     x = F.conv2d(x, kernel[:, None, None, :], groups=B * C)  # (1, B*C, H + 2 radius, W)
-    x = F.conv2d(x, kernel[:, None, :, None], groups=B * C)  # (1, B*C, H, W)
-    return x.reshape(B, C, H, W)
-
-
-def rows_where(condition):
-    """Numbers of the rows for which `condition` (B,), on the CPU, holds: no device is waited for."""
-    return condition.nonzero()[:, 0]
+    return F.conv2d(x, kernel[:, None, :, None], groups=B * C).reshape(B, C, H, W)
 
 
 def augment(x, parameters):
-    """Batched `per_image`: crops (B, 3, H, W) uint8, parameters (B, 9) on the CPU -> normalised float32."""
+    """Batched `per_image`: crops (B, 3, H, W) uint8, parameters (B, 9) on the CPU -> float32."""
     p = dict(zip(PARAMETERS, parameters.unbind(1)))
     device = x.device
     x = x.float() / 255
-    orders = torch.tensor(ORDERS)[p["order"].long()]  # (B, 4)
+    orders = torch.tensor(ORDERS)[p["order"].long()]  # (B, 4); on the CPU: no device is waited for
     for position in range(4):
         for step, name in enumerate(JITTER_STEPS):
-            rows = rows_where((p["jitter"] > 0) & (orders[:, position] == step))
+            rows = ((p["jitter"] > 0) & (orders[:, position] == step)).nonzero()[:, 0]
             factor = p[name][rows].view(-1, 1, 1, 1).to(device, non_blocking=True)
             rows = rows.to(device, non_blocking=True)
             x[rows] = jitter_step(x[rows], name, factor)
-    rows = rows_where(p["sigma"] > 0)
+    rows = (p["sigma"] > 0).nonzero()[:, 0]
     if len(rows):
         sigma = p["sigma"][rows].to(device, non_blocking=True)
         rows = rows.to(device, non_blocking=True)
         radius = math.ceil(3 * blur_sigmas(x.shape[2:])[1])
         x[rows] = blur(x[rows], sigma, radius)
-    rows = rows_where(p["gray"] > 0).to(device, non_blocking=True)
+    rows = (p["gray"] > 0).nonzero()[:, 0].to(device, non_blocking=True)
     x[rows] = to_gray(x[rows]).expand(-1, 3, -1, -1)
-    rows = rows_where(p["solarize"] > 0).to(device, non_blocking=True)
+    rows = (p["solarize"] > 0).nonzero()[:, 0].to(device, non_blocking=True)
     x[rows] = TF.solarize(x[rows], 128 / 255)
     return imagenet_normalize(x)
 
 
-# --------------------------------------------------------------------------------------------- stream
+# ------------------------------------------------------------------------------------------ stream
+class Failed:
+    """An error in place of a sample and its batch: as data it leaves a loading process whole."""
+
+    def __init__(self, error):
+        self.error = error
+
+
 class Stream(Dataset):
-    """Endless, seeded stream: item n -> (transform(image), label, bad: unreadable indices, passed over)."""
+    """Endless, seeded stream of a source's images: item n -> transform(image), label, bad.
+
+    bad: (index, reason) of each image that cannot be decoded; the next one takes its place. A file
+    that the system refuses to read, or another mistake in what a user gave, is an item `Failed`.
+    """
 
     def __init__(self, source, transform, seed, per_epoch, shuffle=True):
-        self.source, self.transform, self.seed, self.per_epoch = source, transform, seed, per_epoch
-        self.epoch, self.order = None, None if shuffle else range(len(source))
+        self.source, self.transform, self.seed = source, transform, seed
+        self.per_epoch, self.shuffle = per_epoch, shuffle
+        self.epoch, self.order = None, None
 
     def index(self, n):
-        """Which image of the source sample n is; every `per_epoch` samples a new permutation begins."""
+        """Which image sample n is; every `per_epoch` samples a new permutation begins."""
         epoch, offset = divmod(n, self.per_epoch)
-        if epoch != self.epoch and not isinstance(self.order, range):
+        if not self.shuffle:
+            return offset
+        if epoch != self.epoch:
             self.epoch = epoch
             self.order = np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
         return int(self.order[offset])
 
-    def __getitem__(self, n):
-        index, bad, image = self.index(n), [], None
-        while image is None:
+    def read(self, index):
+        """Image `index`, or the next that can be decoded -> image, label, bad."""
+        bad, count = [], len(self.source)
+        while len(bad) <= max(1, count / 100):  # more than these end a run in any case
             try:
                 image, label = self.source[index]
-            except Exception:  # a decoder may raise anything on broken bytes
-                if file_of(self.source, index) is None:
-                    raise
-                bad.append(index)
-                index = (index + 1) % len(self.source)
-                if len(bad) > max(1, len(self.source) / 100):  # as many as end a run: stop searching
-                    image, label = Image.new("RGB", (1, 1)), 0
+                return image, label, bad
+            except UnreadableImage as error:
+                last = error
+                bad.append((index, error.reason))
+                index = (index + 1) % count
+        raise InputError(f"{len(bad)} of {count} images cannot be read, one after another: {last}")
+
+    def __getitem__(self, n):
+        try:
+            image, label, bad = self.read(self.index(n))
+        except (InputError, OSError) as error:
+            return Failed(error)
         with torch.random.fork_rng(devices=[]):
             seed = int(np.random.SeedSequence((self.seed, n)).generate_state(1)[0])
             torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.1 ms and more
@@ -288,7 +487,7 @@ class Stream(Dataset):
 
 
 def stream_batches(start, stop, batch_size, rank=0, world=1, accum_steps=1):
-    """Sample numbers for a rank: step s is [s*B, (s+1)*B), sliced by rank, each slice by accumulation."""
+    """Sample numbers for a rank: step s is [s*B, (s+1)*B), sliced by rank, then by accumulation."""
     micro = batch_size // (world * accum_steps)
     for step in range(start, stop):
         for part in range(accum_steps):
@@ -297,6 +496,9 @@ def stream_batches(start, stop, batch_size, rank=0, world=1, accum_steps=1):
 
 
 def collate(samples):
-    """Stack a list of Stream items: tensors and labels batched, indices of unreadable images concatenated."""
-    batch, labels, bad = zip(*samples)
-    return torch.utils.data.default_collate(batch), torch.tensor(labels), sum(bad, [])
+    """Stream items -> transformed images and labels, batched, all `bad`; or the first `Failed`."""
+    for sample in samples:
+        if isinstance(sample, Failed):
+            return sample
+    images, labels, bad = zip(*samples)
+    return torch.utils.data.default_collate(images), torch.tensor(labels), sum(bad, [])

@@ -11,6 +11,7 @@ PATTERNS. Colours are muted; place, size, period, phase, sign, turn (within 0.5 
 import math
 
 import numpy as np
+from PIL import Image
 
 TURN = 6.28  # the patterns' frequencies are made of this, not of 2 pi
 
@@ -263,3 +264,25 @@ def render_scene(split, index, size):
         masks.append(mask)
     boxes = [mask_box(mask) for mask in masks]
     return finished(image), boxes, labels, masks
+
+
+class Shapes:
+    """A data set: [index] -> (PIL image, label), rendered at `size` pixels by `renderer`."""
+
+    classes = CLASSES
+    root = "shapes.py, rendered"
+
+    def __init__(self, split="train", length=4000, size=64, renderer=render_shape):
+        self.split, self.size, self.renderer = split, size, renderer
+        self.targets = np.arange(length) % len(CLASSES)
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        image, label, _, _ = self.render(index)
+        return Image.fromarray(image), label
+
+    def render(self, index):
+        """-> image (size, size, 3) uint8, label, box (x0, y0, x1, y1), mask (size, size) bool."""
+        return self.renderer(self.split, index, self.size)
