@@ -30,25 +30,32 @@ from shapes import Shapes, mask_box, render_clutter, render_shape  # noqa: F401 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# What each data set runs with unless a flag says otherwise. base_lr is per 256 images, crop_min the
-# smallest crop's share of an image, knn_every in epochs; warmup_epochs None: min(10, epochs / 10).
-# tau_base 0.99 is made for 125,000 steps: the fewer steps, the lower.
-COLUMNS = ("arch", "stem", "image_size", "hidden_dim", "batch_size", "base_lr", "epochs",
-           "warmup_epochs", "tau_base", "crop_min", "knn_every", "knn_images")
-RECIPES = {
-    # the paper's 100-epoch run (Sec. 4.1)
-    "folder": ("resnet50", "imagenet", 224, 4096, 1024, 0.05, 100, None, 0.99, 0.08, 0, 50000),
-    # 750 steps: minutes on two cores
-    "shapes": ("resnet18", "imagenet", 32, 512, 32, 0.2, 6, None, 0.9, 0.3, 1, 1000),
-    # 1,000 steps; 64 pixels: the transformer has 16 positions at conv4 to attend to
-    "clutter": ("resnet18", "imagenet", 64, 512, 32, 0.2, 8, None, 0.9, 0.3, 1, 1000),
-    # 39,000 steps each at the paper's rate; smaller crops of so small images show next to nothing
-    "cifar10": ("resnet18", "cifar", 32, 2048, 256, 0.05, 200, None, 0.99, 0.2, 10, 5000),
-    "stl10": ("resnet18", "imagenet", 96, 2048, 256, 0.05, 100, None, 0.99, 0.2, 5, 5000),
-    # 14,600 steps over 9,469 images
-    "imagenette": ("resnet18", "imagenet", 160, 2048, 128, 0.1, 200, None, 0.98, 0.2, 10, 5000),
+# What runs with a data set unless a flag says otherwise. base_lr is per 256 images, crop_min the
+# smallest crop's share of an image; warmup_epochs None: min(10, epochs / 10). knn_images labelled
+# ones are kNN's bank every knn_every epochs; labels (None: all), head, linear_epochs: linear_eval's.
+PAPER = {
+    "arch": "resnet50", "stem": "imagenet", "image_size": 224, "hidden_dim": 4096,
+    "batch_size": 1024, "base_lr": 0.05, "epochs": 100, "warmup_epochs": None, "tau_base": 0.99,
+    "crop_min": 0.08, "knn_every": 0, "knn_images": 50000,
+    "labels": None, "head": "linear-bn", "linear_epochs": 80,
 }
-RECIPES = {name: dict(zip(COLUMNS, row)) for name, row in RECIPES.items()}
+MINUTES = PAPER | {  # what the embedded sets share: some hundred steps, small images, few labels
+    "arch": "resnet18", "hidden_dim": 512, "batch_size": 32, "base_lr": 0.2, "tau_base": 0.9,
+    "crop_min": 0.3, "knn_every": 1, "knn_images": 1000,
+    "labels": 1000, "head": "linear", "linear_epochs": 40,
+}
+SMALL_IMAGES = PAPER | {  # small crops of small images show next to nothing
+    "arch": "resnet18", "hidden_dim": 2048, "batch_size": 256, "crop_min": 0.2, "knn_images": 5000,
+}
+RECIPES = {
+    "folder": PAPER,
+    "shapes": MINUTES | {"image_size": 32, "epochs": 6},  # 750 steps
+    "clutter": MINUTES | {"image_size": 64, "epochs": 8},  # 1,000 steps, 16 positions at conv4
+    "cifar10": SMALL_IMAGES | {"stem": "cifar", "image_size": 32, "epochs": 200, "knn_every": 10},
+    "stl10": SMALL_IMAGES | {"image_size": 96, "epochs": 100, "knn_every": 5},
+    "imagenette": SMALL_IMAGES | {"image_size": 160, "batch_size": 128, "base_lr": 0.1,
+                                  "epochs": 200, "tau_base": 0.98, "knn_every": 10},
+}
 NAMED_SETS = tuple(name for name in RECIPES if name != "folder")
 
 
