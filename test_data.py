@@ -1,0 +1,551 @@
+"""Tests of data.py and shapes.py: image files of every kind, folders, recipes, failed loading."""
+import builtins
+import errno
+import os
+import re
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+from torchvision.datasets.folder import default_loader
+
+import data
+import shapes
+from care import InputError
+from data import ImageFiles, UnreadableImage, open_images, read_image
+
+
+def photo(seed=0, width=30, height=20):
+    """A smooth, colourful image: random coarse noise, enlarged."""
+    coarse = np.random.RandomState(seed).randint(0, 256, (4, 6, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
+
+
+def save_photos(folder, *names):
+    """One small file a name below `folder`, which is returned as a string."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo().save(path, "PNG")
+    return str(folder)
+
+
+def pixels(path, **flags):
+    image = read_image(path, **flags)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+# ---------------------------------------------------------------------------------- embedded images
+CLUTTER_LEVELS = [  # green of the first images of clutter at 64 px, on a 3x3 grid of pixels
+    [121, 160, 120, 120, 120, 97, 121, 132, 125],
+    [133, 132, 118, 98, 101, 132, 133, 136, 176],
+    [141, 136, 119, 104, 115, 97, 100, 91, 84],
+    [138, 140, 203, 151, 199, 134, 123, 155, 99]]
+
+
+def test_clutter_is_a_function_of_split_and_index():
+    """To one gray level on every machine; no image of val is one of train."""
+    for index, levels in enumerate(CLUTTER_LEVELS):
+        image, label, box, mask = shapes.render_clutter("train", index, 64)
+        found = image[16::16, 16::16, 1].ravel().astype(int)
+        assert abs(found - levels).max() <= 1 and label == index % 10
+        assert image.dtype == np.uint8 and image.shape == (64, 64, 3)
+        assert np.array_equal(box, shapes.mask_box(mask))
+        assert not np.array_equal(image, shapes.render_clutter("val", index, 64)[0])
+
+
+def test_clutter_is_small_and_anywhere():
+    """An object covers 5 to 20 % of its image; together they cover all of it but the corners."""
+    masks = [shapes.render_clutter("val", index, 64)[3] for index in range(200)]
+    areas = np.array([mask.mean() for mask in masks])
+    assert areas.min() >= 0.05 and areas.max() <= 0.2
+    assert 0.1 < areas.mean() < 0.14  # chance of the pointing game
+    assert np.mean(masks, 0)[8:-8, 8:-8].min() > 0
+
+
+def test_clutters_ground_does_not_tell_the_class(monkeypatch):
+    """Whatever is painted, what lies behind it stays."""
+    image, _, _, mask = shapes.render_clutter("train", 3, 64)
+    order = shapes.SHAPES[1:] + shapes.SHAPES[:1]
+    monkeypatch.setattr(shapes, "SHAPES", order)
+    other, _, _, other_mask = shapes.render_clutter("train", 3, 64)
+    outside = ~shapes_near(mask | other_mask)
+    assert np.array_equal(image[outside], other[outside]) and not np.array_equal(mask, other_mask)
+    ground, _ = shapes.soft_ground(shapes.generator("train", 3), 64)
+    changed = np.abs(image - ground).max(2) > 8
+    assert 0.25 < changed[outside].mean() < 0.75  # the scraps
+
+
+def shapes_near(mask):
+    """A mask with one more pixel on each side, where outlines are soft."""
+    near = mask.copy()
+    for axis in (0, 1):
+        near |= np.roll(near, 1, axis) | np.roll(near, -1, axis)
+    return near
+
+
+def test_scenes_hide_what_is_behind():
+    """Labels 0 to 9; masks do not overlap, and each has its box."""
+    counts = []
+    for index in range(20):
+        image, boxes, labels, masks = shapes.render_scene("train", index, 96)
+        assert image.shape == (96, 96, 3) and image.dtype == np.uint8
+        assert np.sum(masks, 0).max() == 1
+        assert all(np.array_equal(box, shapes.mask_box(mask)) for box, mask in zip(boxes, masks))
+        counts += labels
+    assert min(counts) == 0 and max(counts) == 9
+
+
+def test_open_images_renders():
+    assert len(open_images("shapes:77", "train")) == 77
+    clutter = open_images("clutter", "pretrain", size=32)
+    assert len(clutter) == 4000 and len(open_images("clutter:50", "val")) == 1000
+    assert clutter[4][1] == 4 and clutter.classes == open_images("shapes", "train").classes
+    assert np.array_equal(clutter[4][0], shapes.render_clutter("train", 4, 32)[0])
+    assert not np.array_equal(clutter[4][0], open_images("shapes", "train", size=32)[4][0])
+    with pytest.raises(InputError, match="N of clutter:N is the number of training images"):
+        open_images("clutter:no", "train")
+
+
+# -------------------------------------------------------------------------------------- the recipes
+def test_recipes():
+    """A folder gets the paper's run; every recipe says all, and fits its encoder."""
+    expected = {"arch": "resnet50", "stem": "imagenet", "image_size": 224, "batch_size": 1024,
+                "base_lr": 0.05, "crop_min": 0.08, "tau_base": 0.99, "epochs": 100,
+                "hidden_dim": 4096}
+    assert expected.items() <= data.recipe_of("/a/folder").items()
+    assert data.recipe_of("shapes:100") is data.RECIPES["shapes"]
+    assert set(data.NAMED_SETS) == {"shapes", "clutter", "cifar10", "stl10", "imagenette"}
+    for recipe in data.RECIPES.values():
+        assert list(recipe) == list(data.RECIPES["folder"])
+        assert recipe["image_size"] % (8 if recipe["stem"] == "cifar" else 32) == 0
+        assert 0 < recipe["crop_min"] < 1 and 0.8 < recipe["tau_base"] < 1
+
+
+# -------------------------------------------------------------------------------------- one reader
+def test_images_of_8_bits_are_torchvisions_bit_for_bit(tmp_path):
+    """So that runs on ImageNet are unchanged; a turn that EXIF notes is made only if asked for."""
+    turned = Image.Exif()
+    turned[0x0112] = 6  # turn by 90 degrees to look at it
+    image = photo()
+    image.save(tmp_path / "turned.jpg", exif=turned)
+    for mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB"):
+        image.convert(mode if mode != "LAB" else "RGB").save(tmp_path / f"{mode}.tif")
+    Image.new("LAB", (3, 2), (150, 20, 246)).save(tmp_path / "LAB.tif")
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    image.save(tmp_path / "rgb.webp")
+    image.quantize(7).save(tmp_path / "palette.png")
+    Image.new("RGBA", (3, 2), (9, 99, 200, 255)).save(tmp_path / "opaque.png")
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 12
+    for file in files:
+        assert np.array_equal(pixels(file), np.asarray(default_loader(file))), file.name
+    upright = pixels(tmp_path / "turned.jpg", upright=True)
+    assert np.array_equal(upright, np.rot90(pixels(tmp_path / "turned.jpg"), -1))
+
+
+def png(width, height, depth, kind, rows, transparent=b""):
+    """A PNG of any depth: kind 0 gray, 2 RGB; rows: their bytes; transparent: that of tRNS."""
+    def chunk(name, content):
+        check = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + check
+
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    filtered = b"".join(b"\0" + row for row in rows)
+    parts = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header)]
+    if transparent:
+        parts.append(chunk(b"tRNS", transparent))
+    return b"".join([*parts, chunk(b"IDAT", zlib.compress(filtered)), chunk(b"IEND", b"")])
+
+
+def tiff(values, bits, photometric=1):
+    """A one-row gray TIFF of 12 or 16 bits a sample; photometric 0: zero is white."""
+    if bits == 16:
+        content = struct.pack(f"<{len(values)}H", *values)
+    else:
+        digits = "".join(f"{value:012b}" for value in values)
+        content = int(digits, 2).to_bytes(len(digits) // 8, "big")
+    tags = [(256, 4, len(values)), (257, 4, 1), (258, 3, bits), (259, 3, 1), (262, 3, photometric),
+            (273, 4, 8), (277, 3, 1), (278, 4, 1), (279, 4, len(content))]
+    entries = [struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags]
+    directory = struct.pack("<H", len(tags)) + b"".join(entries) + struct.pack("<I", 0)
+    return b"II*\0" + struct.pack("<I", 8 + len(content)) + content + directory
+
+
+def test_deep_gray_is_scaled_from_its_full_range(tmp_path):
+    """Of whatever bits and byte order: 0 is black, the largest value white; nothing is cut off."""
+    wide = (0, 5000, 32896, 60000, 65534, 65535)
+    expected = [0, 19, 128, 233, 255, 255]  # value / 257
+    Image.fromarray(np.array([wide], np.uint16)).save(tmp_path / "a.png")
+    Image.fromarray(np.array([wide], np.uint16)).save(tmp_path / "b.tif")
+    Image.fromarray(np.array([wide], ">u2")).save(tmp_path / "c.tif")
+    (tmp_path / "d.tif").write_bytes(tiff(wide, 16))
+    (tmp_path / "e.pgm").write_bytes(b"P5 6 1 65535\n" + struct.pack(">6H", *wide))
+    for file in sorted(tmp_path.iterdir()):
+        assert pixels(file)[0, :, 0].tolist() == expected, file.name
+    (tmp_path / "white.tif").write_bytes(tiff(wide, 16, photometric=0))
+    assert pixels(tmp_path / "white.tif")[0, :, 1].tolist() == [255 - value for value in expected]
+    (tmp_path / "12.tif").write_bytes(tiff((0, 2048, 4095, 16), 12))
+    assert pixels(tmp_path / "12.tif")[0, :, 2].tolist() == [0, 128, 255, 1]
+    (tmp_path / "10.pgm").write_bytes(b"P5 3 1 1023\n" + struct.pack(">3H", 0, 512, 1023))
+    assert pixels(tmp_path / "10.pgm")[0, :, 0].tolist() == [0, 128, 255]
+    colour = struct.pack(">6H", 65535, 32896, 0, 257, 514, 60000)
+    (tmp_path / "rgb.png").write_bytes(png(2, 1, 16, 2, [colour]))
+    assert abs(pixels(tmp_path / "rgb.png").astype(int) - [[255, 128, 0], [1, 2, 233]]).max() <= 1
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    """Clear is white, half clear lies between, opaque keeps its colour; in every such mode."""
+    clear, half, full = (200, 0, 0, 0), (200, 0, 0, 128), (200, 0, 0, 255)
+    expected = [[255, 255, 255], [227, 127, 127], [200, 0, 0]]
+    rgba = Image.new("RGBA", (3, 1))
+    for x, colour in enumerate((clear, half, full)):
+        rgba.putpixel((x, 0), colour)
+    rgba.save(tmp_path / "rgba.png")
+    palette = Image.new("P", (3, 1))
+    palette.putpalette([200, 0, 0] * 3)
+    palette.putdata([0, 1, 2])
+    palette.save(tmp_path / "palette.png", transparency=bytes([0, 128, 255]))
+    rgba.save(tmp_path / "rgba.webp", lossless=True, exact=True)
+    for file in sorted(tmp_path.iterdir()):
+        assert abs(pixels(file)[0].astype(int) - expected).max() <= 1, file.name
+    gray = Image.new("LA", (3, 1))
+    for x, alpha in enumerate((0, 128, 255)):
+        gray.putpixel((x, 0), (40, alpha))
+    for name in ("la.png", "la.tif"):
+        gray.save(tmp_path / name)
+        assert abs(pixels(tmp_path / name)[0, :, 0].astype(int) - [255, 147, 40]).max() <= 1
+    one = Image.new("1", (2, 1))
+    one.putpixel((0, 0), 255)
+    one.save(tmp_path / "one.png", transparency=0)
+    assert pixels(tmp_path / "one.png").min() == 255
+    Image.new("PA", (1, 1)).save(tmp_path / "pa.tif")
+    assert pixels(tmp_path / "pa.tif").tolist() == [[[255, 255, 255]]]
+
+
+def test_transparent_colours_of_16_bits(tmp_path):
+    """A PNG names its clear colour in 16 bits; the pixels of another colour stay."""
+    gray = struct.pack(">2H", 1000, 32896)
+    (tmp_path / "gray.png").write_bytes(png(2, 1, 16, 0, [gray], gray[:2]))
+    assert pixels(tmp_path / "gray.png")[0, :, 0].tolist() == [255, 128]
+    colours = struct.pack(">6H", 1000, 2000, 3000, 65535, 0, 0)
+    (tmp_path / "rgb.png").write_bytes(png(2, 1, 16, 2, [colours], colours[:6]))
+    assert pixels(tmp_path / "rgb.png")[0].tolist() == [[255, 255, 255], [255, 0, 0]]
+
+
+def test_values_without_a_known_range_are_refused(tmp_path):
+    """Floats and integers of 32 bits: by file and mode, never cut off, even if they would fit."""
+    for dtype, mode in ((np.float32, "F"), (np.int32, "I")):
+        for largest in (1, 70000):
+            file = tmp_path / f"{mode}{largest}.tif"
+            Image.fromarray(np.array([[0, largest]], dtype)).save(file)
+            with pytest.raises(UnreadableImage) as caught:
+                read_image(file)
+            assert isinstance(caught.value, InputError)
+            assert str(file) in str(caught.value) and f"mode {mode}" in caught.value.reason
+
+
+def broken_files(folder):
+    """Files that no decoder reads, by name, with a part of the reason."""
+    photo(0, 200, 200).save(folder / "whole.jpg")
+    photo(0, 200, 200).save(folder / "whole.png")
+    jpeg, whole = (folder / "whole.jpg").read_bytes(), (folder / "whole.png").read_bytes()
+    contents = {"cut.jpg": jpeg[:-400], "cut.png": whole[:200], "empty.png": b"",
+                "text.png": b"hello"}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    photo(0, 300, 300).save(folder / "bomb.png")
+    return {"cut.jpg": "truncated", "cut.png": "truncated", "empty.png": "cannot identify",
+            "text.png": "cannot identify image file$", "bomb.png": "90000 pixels"}
+
+
+def test_what_decoding_raises_is_an_unreadable_image_with_its_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)  # a bomb has more than twice as many
+    for name, reason in broken_files(tmp_path).items():
+        with pytest.raises(UnreadableImage) as caught:
+            read_image(tmp_path / name)
+        assert re.search(reason, caught.value.reason), name
+        assert str(tmp_path / name) in str(caught.value)
+
+
+def test_what_is_no_fault_of_the_file_is_not_an_unreadable_image(tmp_path, monkeypatch):
+    """A file that is not there or may not be read, a module that is missing, a slip in the code."""
+    save_photos(tmp_path, "a.png")
+    with pytest.raises(FileNotFoundError, match="none.png"):
+        read_image(str(tmp_path / "none.png"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", raises(ModuleNotFoundError("No module named 'zlib'")))
+        with pytest.raises(ModuleNotFoundError):
+            read_image(tmp_path / "a.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "has_transparency_data", property(raises(KeyError("slip"))))
+        with pytest.raises(KeyError, match="slip"):
+            read_image(tmp_path / "a.png")
+
+
+def raises(error):
+    def function(*args, **flags):
+        raise error
+    return function
+
+
+# ----------------------------------------------------------------------------------- network disks
+def outage(monkeypatch, number, failures):
+    """From now on, opening fails `failures` times with an errno. -> list of the pauses made."""
+    pauses = []
+
+    def fail_or_open(path, mode):
+        if len(failed) < failures:
+            failed.append(path)
+            raise OSError(number, os.strerror(number))
+        return builtins.open(path, mode)
+
+    failed = []
+    monkeypatch.setattr(data, "open", fail_or_open, raising=False)
+    monkeypatch.setattr(data.time, "sleep", pauses.append)
+    return pauses
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_short_outage_is_waited_for(number, tmp_path, monkeypatch, capsys):
+    save_photos(tmp_path, "a.png")
+    pauses = outage(monkeypatch, number, failures=3)
+    assert np.array_equal(pixels(tmp_path / "a.png"), np.asarray(photo()))
+    assert pauses == [1, 2, 4]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 3 and os.strerror(number) in warnings[0] and "a.png" in warnings[0]
+
+
+def test_a_long_outage_is_the_systems_own_error(tmp_path, monkeypatch):
+    """After about a minute; a permission is not waited for."""
+    save_photos(tmp_path, "a.png")
+    pauses = outage(monkeypatch, errno.EIO, failures=100)
+    with pytest.raises(OSError, match="a.png") as caught:
+        read_image(str(tmp_path / "a.png"))
+    assert caught.value.errno == errno.EIO and 45 <= sum(pauses) <= 75
+    pauses = outage(monkeypatch, errno.EACCES, failures=100)
+    with pytest.raises(PermissionError, match="a.png"):
+        read_image(str(tmp_path / "a.png"))
+    assert pauses == []
+
+
+# ----------------------------------------------------------------------------------------- folders
+NAMES = ("b/2.png", "b/10.PNG", "b/sub/1.png", "b/sub-2/1.png", "B/ü.jpeg", "a b/x.webp",
+         "b/0.tiff")
+
+
+def test_files_and_labels_are_image_folders_in_its_order(tmp_path):
+    """So that streams of existing runs stay; without labels, those of all folders and -1."""
+    root = save_photos(tmp_path, *NAMES)
+    (tmp_path / "b" / "notes.txt").write_text("no image")
+    expected = torchvision.datasets.ImageFolder(root)
+    source = ImageFiles(root, labelled=True)
+    assert source.classes == expected.classes
+    assert [source.path(i) for i in range(7)] == [path for path, _ in expected.samples]
+    assert source.targets.tolist() == expected.targets
+    assert [label for _, label in source] == expected.targets
+    assert np.array_equal(source[3][0], np.asarray(photo()))
+    (tmp_path / "top.png").write_bytes((tmp_path / "b" / "2.png").read_bytes())
+    plain = ImageFiles(root)
+    assert len(plain) == 8 and set(plain.targets) == {-1} and plain.classes == []
+    names = [plain.name(i) for i in range(8)]
+    assert names[0] == "top.png" and sorted(names[1:]) == sorted(NAMES)
+    assert data.file_of(Subset(source, [4, 2]), 1) == source.path(2)
+    assert data.file_of(open_images("shapes", "val"), 0) is None
+    assert data.describe(plain) == f"8 images in {root}"
+
+
+def test_names_that_are_no_utf8_survive(tmp_path):
+    save_photos(tmp_path, "cat/a.png")
+    os.rename(os.fsencode(tmp_path / "cat" / "a.png"), os.fsencode(tmp_path) + b"/cat/caf\xe9.png")
+    source = ImageFiles(str(tmp_path), labelled=True)
+    assert os.fsencode(source.name(0)) == b"cat/caf\xe9.png"
+    assert source[0][0].size == (30, 20)
+
+
+def test_a_million_names_take_little_memory(monkeypatch):
+    """30 bytes a name of 30 characters, 16 for where it ends and its label; here of 100,000."""
+    names = [f"n01440764/n01440764_{i:05d}.JPEG" for i in range(100_000)]
+    monkeypatch.setattr(data, "image_names", lambda folder, below: names)
+    source = ImageFiles("/data")
+    assert source.path(99_999) == "/data/" + names[-1] and source.name(7) == names[7]
+    held = sys.getsizeof(source.names) + source.ends.nbytes + source.targets.nbytes
+    assert held < 50 * len(source)
+
+
+def test_notes_of_macos_are_no_images(tmp_path):
+    root = save_photos(tmp_path, "cat/a.png", "cat/._a.png")
+    source = ImageFiles(root, labelled=True)
+    assert [source.name(i) for i in range(len(source))] == ["cat/a.png"]
+
+
+def test_links_count_no_image_twice(tmp_path):
+    """To a folder above, to one beside, round in a circle; a link to elsewhere is followed."""
+    root = save_photos(tmp_path / "set" / "train", "cat/1.png", "cat/deep/2.png", "dog/3.png")
+    save_photos(tmp_path / "set", "val/cat/4.png")
+    save_photos(tmp_path / "pool", "5.png")
+    expected = ["cat/1.png", "cat/deep/2.png", "dog/3.png"]
+    for place, target in (("up", ".."), ("cat/up", "../.."), ("cat/deep/self", "."),
+                          ("cat/deep/far", str(tmp_path)), ("dog/in", "../cat"),
+                          ("cat/in", "../dog")):
+        link = Path(root) / place
+        link.symlink_to(target)
+        for folder in (root, f"{root}/../train"):
+            source = ImageFiles(folder)
+            found = {os.path.realpath(source.path(i)) for i in range(len(source))}
+            assert len(source) == 3 and found == {f"{root}/{name}" for name in expected}, place
+        link.unlink()
+    (Path(root) / "linked").symlink_to(tmp_path / "pool")
+    assert len(ImageFiles(root)) == 4
+    assert ImageFiles(root, labelled=True).classes == ["cat", "dog", "linked"]
+    (tmp_path / "alias").symlink_to(root)
+    assert len(ImageFiles(str(tmp_path / "alias"))) == 4
+
+
+def test_the_folder_that_the_working_directory_lies_in(tmp_path, monkeypatch):
+    root = save_photos(tmp_path, "inner/a.png", "b.png")
+    monkeypatch.chdir(Path(root) / "inner")
+    assert len(ImageFiles("..")) == 2 and len(ImageFiles(".")) == 1
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_folder_that_may_not_be_read_is_an_error(labelled, tmp_path, monkeypatch):
+    """Not fewer images."""
+    root = save_photos(tmp_path, "cat/1.png", "dog/2.png")
+    scandir = os.scandir
+
+    def forbid(path):
+        if os.fspath(path).endswith("dog"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)
+    with pytest.raises(PermissionError, match="dog"):
+        ImageFiles(root, labelled)
+
+
+@pytest.mark.parametrize("names, used", [
+    (["train/cat/1.png", "val/cat/2.png"], "train"),
+    (["train/cat/1.png", "val/cat/2.png", "test/3.png", "docs/read.txt"], "train"),
+    (["train/1.png"], "train"),
+    (["train/1.png", "Val/2.png"], "train"),
+    (["train/1.png", "car/2.png", "dog/3.png", "cat/4.png"], ""),  # train is a class
+    (["train/1.png", "2.png"], ""),
+    (["cat/1.png", "2.png"], ""),
+    (["train/cat/1.png", "car/2.png"], None),
+    (["train/1.png", "val/2.png", "car/3.png"], None),
+    (["train/cat/1.png", "2.png"], None),
+])
+def test_a_folder_named_train_is_a_split_or_a_class(names, used, tmp_path):
+    """What lies beside it decides; what could be either is refused with what to do."""
+    root = save_photos(tmp_path / "set", *[name for name in names if not name.endswith(".txt")])
+    for name in names:
+        (tmp_path / "set" / name).parent.mkdir(exist_ok=True)
+    if used is None:
+        with pytest.raises(InputError, match=f"Give --data {root}/train for it alone, or rename"):
+            open_images(root, "pretrain")
+        return
+    source = open_images(root, "pretrain")
+    inside = [name for name in names if name.endswith(".png") and name.startswith(used)]
+    assert source.root == (f"{root}/{used}" if used else root)
+    assert data.describe(source) == f"{len(inside)} images in {source.root}"
+
+
+def test_missing_folders_are_named(tmp_path):
+    root = save_photos(tmp_path / "set", "train/cat/1.png")
+    (tmp_path / "set" / "train" / "dog").mkdir()
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    for folder, split, message in (
+            (f"{root}/no", "pretrain", "set/no: no such folder"),
+            (root, "val", "set: no folder val with images by class in it"),
+            (root, "train", "set/train/dog: no images below it"),
+            (f"{root}/train/cat", "train", "no folder train with images"),
+            (str(tmp_path / "empty"), "pretrain", "empty/train: no images below it"),
+            (str(tmp_path / "empty"), "train", "empty/train: no folders in it, one a class")):
+        with pytest.raises(InputError, match=message):
+            open_images(folder, split)
+
+
+def test_imagenette(tmp_path):
+    """A generated tree: torchvision's class has neither targets nor readable samples."""
+    save_photos(tmp_path / "imagenette2-160", "train/n01440764/n01440764_1.JPEG",
+                "train/n02102040/n02102040_7.JPEG", "train/n02102040/n02102040_9.JPEG",
+                "val/n01440764/ILSVRC2012_val_1.JPEG", "val/n02102040/ILSVRC2012_val_2.JPEG")
+    train = open_images("imagenette", "train", str(tmp_path), download=True)
+    assert train.targets.tolist() == [0, 1, 1] and train.classes == ["n01440764", "n02102040"]
+    assert train.name(1) == "n02102040/n02102040_7.JPEG" and train[1][1] == 1
+    assert len(open_images("imagenette", "pretrain", str(tmp_path))) == 3
+    assert len(open_images("imagenette", "val", str(tmp_path))) == 2
+    with pytest.raises(InputError, match="imagenette: not in .*, nor to be downloaded"):
+        open_images("imagenette", "train", str(tmp_path / "no"))
+
+
+# ----------------------------------------------------------------------------- failures in a stream
+def batches_of(source, workers=0):
+    """Every batch of four of one epoch, in order; raises what a run would raise."""
+    stream = data.Stream(source, torchvision.transforms.functional.pil_to_tensor, 0, len(source),
+                         shuffle=False)
+    numbers = [range(first, first + 4) for first in range(0, len(source), 4)]
+    loader = DataLoader(stream, batch_sampler=numbers, num_workers=workers, collate_fn=data.collate)
+    for batch in loader:
+        if isinstance(batch, data.Failed):
+            raise batch.error
+        yield batch
+
+
+def test_unreadable_images_come_with_their_reason(tmp_path):
+    """The next one takes their place."""
+    root = save_photos(tmp_path, *[f"{i}.png" for i in range(4)])
+    (tmp_path / "1.png").write_bytes(b"no image")
+    photo(seed=2).save(tmp_path / "2.png")
+    (images, labels, bad), = batches_of(ImageFiles(root))
+    assert bad == [(1, "cannot identify image file")]
+    assert torch.equal(images[1], images[2]) and not torch.equal(images[1], images[0])
+    assert labels.tolist() == [-1] * 4
+
+
+def test_too_many_unreadable_images_in_a_row_end_the_search(tmp_path):
+    root = save_photos(tmp_path, *[f"{i}.png" for i in range(4)])
+    for i in (1, 2):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"2 of 4 images cannot be read, .* another: .*2\.png"):
+        list(batches_of(ImageFiles(root)))
+
+
+class Troubled:
+    """A source whose third image raises an error."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 2:
+            raise self.error
+        return photo(), 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_reach_the_main_process_whole(workers):
+    """Out of a loading process too: type, line, errno. Other than a user's mistakes: tracebacks."""
+    denied = PermissionError(errno.EACCES, "Permission denied", "/data/2.jpg")
+    with pytest.raises(PermissionError) as caught:
+        list(batches_of(Troubled(denied), workers))
+    assert caught.value.errno == errno.EACCES and str(caught.value) == str(denied)
+    with pytest.raises(InputError) as caught:
+        list(batches_of(Troubled(InputError("2.xml: class kat is unknown")), workers))
+    assert str(caught.value) == "2.xml: class kat is unknown"
+    with pytest.raises(KeyError, match="slip"):
+        list(batches_of(Troubled(KeyError("slip")), workers))
+    with pytest.raises(ModuleNotFoundError):
+        list(batches_of(Troubled(ModuleNotFoundError("No module named 'x'")), workers))
