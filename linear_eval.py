@@ -1,17 +1,20 @@
-"""Linear classification on frozen features, and kNN: the numbers of the paper's Tables 1 and 2.
+"""Linear classification on frozen features, and kNN: the paper's Tables 1 and 2.
 
-  torchrun --nproc_per_node 8 linear_eval.py --pretrained runs/care_resnet50/encoder.pth     on ./imagenet
-  python linear_eval.py --pretrained runs/demo/encoder.pth --data shapes --epochs 10
-  python linear_eval.py --pretrained runs/demo/encoder.pth --data shapes --knn
+  torchrun --nproc_per_node 8 linear_eval.py --pretrained runs/care_resnet50/encoder.pth
+  python linear_eval.py --data shapes --pretrained runs/shapes/encoder.pth
+  python linear_eval.py --data shapes --pretrained runs/shapes/encoder.pth --knn
 
-The last line on stdout is one JSON object with the scores and the protocol. The same command again resumes.
+The last line on stdout is one JSON object: the scores, and all that is needed to repeat them.
+--evaluate scores the classifier.pth that training leaves in --out. The same command again resumes.
 """
+import copy
 import json
 import math
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -21,115 +24,172 @@ from torch.utils.data import Subset
 from torchvision import transforms
 from tqdm import tqdm
 
-from care import ARCHS, InputError, pool
-from data import Stream, crop_and_flip, normalize, open_images, stream_batches
-from train import (Unreadable, add_data_arguments, add_run_arguments, agree, average, catch_signals,
-                   fail, load_batches, memory_gib, new_parser, on_rank_0, open_encoder,
-                   open_log, open_run, parallelise, positive, restore, save_run, set_precision,
-                   set_size_and_stem, setup_ranks, user_errors, versions, write_line, write_whole)
+from care import ARCHS, InputError, check_state, l2_normalize, load_checkpoint, pool
+from data import (NAMED_SETS, ImageFiles, Stream, crop_and_flip, describe, imagenet_normalize,
+                  open_images, recipe_of, stream_batches)
+from run import (Unreadable, add_data_arguments, add_run_arguments, agree, as_bytes, average,
+                 catch_signals, check_ranges, checkpoint_of, fail, load_batches, memory_gib,
+                 new_parser, open_encoder, open_log, open_run, parallelise, restore,
+                 same_on_all_ranks, set_precision, setup_ranks, use_recipe, user_errors, versions,
+                 write_line, write_whole)
 
-FREE = ("data_root", "workers", "out", "log_every", "max_steps", "pretrained")  # pretrained: by its sha256
+# Raised whenever the same arguments compute something else: runs of before do not go on then.
+PROTOCOL_VERSION = 2
+DEFAULTS = {"protocol_version": 1}  # of checkpoints that lack it
+# What may differ on resume. An encoder is known by the sha256 of its tensors, not by its path.
+FREE = ("data_root", "workers", "out", "log_every", "max_steps", "pretrained", "evaluate", "val")
+SCORING_BATCH = 256  # images, over all ranks
+TEMPERATURE = 0.07  # of kNN: a neighbour's vote is exp(cosine / temperature)
 
 
 # ---------------------------------------------------------------------------------------- arguments
-def add_evaluation_arguments(parser, epochs, batch_size, lr):
-    """The flags that both classification scripts have, with these defaults; a list takes several values."""
+def add_evaluation_arguments(parser):
+    """The flags on encoder, data and running that both classification scripts have."""
     add = parser.add_argument_group("encoder and data").add_argument
     add("--pretrained", required=True, metavar="FILE|random",
-        help="encoder.pth or last.pth of train.py, the authors' file, a torchvision or MoCo one, or random")
-    add("--arch", choices=ARCHS, help="default: read off the file (random: resnet50)")
-    add("--stem", choices=("imagenet", "cifar"), help="default: read off the file (random: by --data)")
+        help="of train.py, the authors, torchvision, MoCo, ...; or random weights")
+    add("--arch", choices=ARCHS, help="default: read off the file (random: by --data)")
+    add("--stem", choices=("imagenet", "cifar"),
+        help="default: read off the file (random: by --data). A 3x3 stem is taken as padded by 1; "
+             "of one trained with padding 2, which no file tells, the features are wrong")
     add_data_arguments(add)
-    add = parser.add_argument_group("optimisation").add_argument
-    several = {"nargs": "+"} if isinstance(epochs, list) else {}
-    add("--epochs", type=int, default=epochs, help="passes over the images (default %(default)s)", **several)
-    add("--batch-size", type=int, default=batch_size, help="over all ranks (default %(default)s)")
-    add("--lr", type=float, nargs="+", default=lr, help="learning rate (linear_eval: per 256 images of "
-        "a batch); several are compared on held-out training images (default %(default)s)")
+    add("--val", metavar="DIR",
+        help="score this set: a folder a class, by name or, as in ImageNet-V2, by number "
+             "(default: val of --data)")
     add_run_arguments(parser.add_argument_group("running").add_argument)
 
 
 def parse_args(argv=None):
     """The command line as a namespace; a mistake in it is one line on stderr and exit code 2."""
     parser = new_parser(__doc__)
-    add_evaluation_arguments(parser, epochs=80, batch_size=256, lr=[0.2])
+    add_evaluation_arguments(parser)
     add = parser.add_argument_group("protocol").add_argument
-    add("--head", choices=("linear-bn", "linear"), default="linear-bn",
-        help="linear-bn: linear, then batch norm (the release's, default); linear: the standard protocol")
-    add("--knn", action="store_true", help="weighted kNN on the features, k = 20 and 200; no training")
+    add("--labels", type=int, metavar="N",
+        help="use N of the training images, of every class as many, in every run the same ones "
+             "(default: by --data; all of a folder)")
+    add("--head", choices=("linear-bn", "linear"),
+        help="linear-bn: batch norm behind it (release; default for a folder); linear: without")
+    add("--epochs", type=int, help="default: by --data; the paper's 80 for a folder")
+    add("--batch-size", type=int, default=256, help="over all ranks (default 256)")
+    add("--lr", type=float, nargs="+", default=[0.2],
+        help="learning rate per 256 images of a batch. Several are trained side by side and "
+             "compared on up to 10 images a class, held out from training (default 0.2)")
+    add("--knn", action="store_true", help="weighted kNN, k = 20 and 200, instead of training")
+    add("--evaluate", nargs="?", const="", metavar="FILE",
+        help="score this classifier.pth (default: that in --out) instead of training")
     args = parser.parse_args(argv)
-    positive(args, "epochs", "batch_size")
-    if min(args.lr) <= 0:
-        fail("--lr: every learning rate must be above 0")
+    use_recipe(args, ("labels", "head", "image_size"))
+    if args.epochs is None:
+        args.epochs = recipe_of(args.data)["linear_epochs"]
+    check_ranges(args)
+    if args.knn and args.evaluate is not None:
+        fail("--knn has no classifier: leave out --evaluate")
     return args
 
 
 # ------------------------------------------------------------------------------------------- set-up
 def setup(args, kind):
-    """Ranks, device, precision, encoder and data sets of an evaluation, as one namespace.
+    """Ranks, device, precision, run directory and encoder of an evaluation, as one namespace.
 
-    Fills in args: arch, stem, image_size, sha256 (of the encoder file), out (beside that file, in `kind`).
+    Fills in args: protocol_version, precision, workers, out, arch, stem, sha256 (of the encoder).
     """
+    args.protocol_version = PROTOCOL_VERSION
     stopping = catch_signals()
     rank, world, device = setup_ranks(args)
     autocast, _ = set_precision(args, device)
-    random, asked, lock = args.pretrained == "random", args.stem, None
-    args.out = args.out or str(Path("runs/random" if random else Path(args.pretrained).parent) / kind)
-    set_size_and_stem(args)
+    if args.out is None:
+        args.out = default_out(args.pretrained, kind)
+    if args.pretrained == "random":
+        use_recipe(args, ("arch", "stem"))
+    lock = None
     with user_errors():
-        stem = args.stem if random else asked
-        encoder, args.sha256 = open_encoder(args.pretrained, args.arch, stem, args.seed)
+        encoder, args.sha256 = open_encoder(args.pretrained, args.arch, args.stem, args.seed)
         args.arch, args.stem = encoder.arch, encoder.stem
-        if any(side % encoder.stride or side < encoder.stride for side in args.image_size):
-            raise InputError(f"--image-size {args.image_size}: encoder needs multiples of {encoder.stride}")
+        if any(side % encoder.stride for side in args.image_size):
+            raise InputError(f"--image-size {args.image_size}: this encoder needs multiples of "
+                             f"{encoder.stride}")
         if rank == 0:
             lock = open_run(args.out)
-            if args.data in ("cifar10", "stl10"):
-                open_images(args.data, "train", args.data_root, download=True)
-    with user_errors():
-        train, val = (open_images(args.data, split, args.data_root, max(args.image_size))
-                      for split in ("train", "val"))
-        if train.classes != val.classes:
-            differ = sorted(set(train.classes) ^ set(val.classes))
-            raise InputError(f"--data {args.data}: train and val differ in classes ({', '.join(differ[:5])})")
     encoder = encoder.to(device, memory_format=torch.channels_last)
-    return SimpleNamespace(rank=rank, world=world, device=device, autocast=autocast, stopping=stopping,
-                           lock=lock, encoder=encoder, train=train, val=val, classes=len(val.classes))
+    return SimpleNamespace(rank=rank, world=world, device=device, autocast=autocast,
+                           stopping=stopping, lock=lock, encoder=encoder)
 
 
-def finish(run, args, scores=None):
-    """Print encoder and scores as a JSON line, add it with the arguments to the log, leave the group."""
-    if scores:
-        result = {"encoder": args.pretrained, "sha256": args.sha256, "arch": args.arch, "data": args.data}
-        result |= scores
-        line = result | {"args": vars(args), **versions(run.world, run.device)}
-        on_rank_0(write_line, Path(args.out) / "log.jsonl", line)
-        if run.rank == 0:
-            print(json.dumps(result))
-    if run.world > 1:
-        dist.destroy_process_group()
+def default_out(pretrained, kind):
+    """Beside the encoder's file: `kind` for encoder.pth and last.pth, kind_NAME for NAME.pth."""
+    if pretrained == "random":
+        return f"runs/random/{kind}"
+    name = Path(pretrained).name.partition(".")[0]
+    if name not in ("encoder", "last"):
+        kind = f"{kind}_{name}"
+    return str(Path(pretrained).parent / kind)
 
 
-def stop(run, args, what):
-    """Leave the process group and the script."""
+def open_sets(run, args, labels=None):
+    """Fills in run.train, run.val and run.classes; prints which images they are."""
+    with user_errors():
+        if run.rank == 0 and args.data.partition(":")[0] in NAMED_SETS:  # one rank downloads
+            open_images(args.data, "train", args.data_root, download=True)
+    with user_errors():
+        run.train, run.val = open_labelled(args, labels)
+        run.classes = list(run.val.classes)
+        if args.val:
+            run.val = open_val(args.val, run.classes)
+        args.images = len(run.train)
+    same_on_all_ranks(**{name: value for name, value in vars(args).items() if name not in FREE})
     if run.rank == 0:
-        print(f"{what}; the same command goes on")
-    finish(run, args)
-    raise SystemExit(0)
+        whole = run.train.dataset if isinstance(run.train, Subset) else run.train
+        print(f"{len(run.train)} labels of {describe(whole)}, scored on {describe(run.val)}")
+
+
+def open_labelled(args, count=None):
+    """Training and validation images of --data -> train, val.
+
+    count: train becomes that many of its images, of every class as many, in every run the same.
+    InputError for images without classes, other classes in val, or a count below that of classes.
+    """
+    where = {"data_root": args.data_root, "size": max(args.image_size)}
+    train = open_images(args.data, "train", **where)
+    val = open_images(args.data, "val", **where)
+    classes = len(train.classes)
+    if list(train.classes) != list(val.classes):
+        differ = sorted(set(train.classes) ^ set(val.classes))
+        raise InputError(f"--data {args.data}: train and val differ in classes "
+                         f"({', '.join(map(str, differ[:5]))})")
+    if count is None or count >= len(train):
+        return train, val
+    if count < classes:
+        raise InputError(f"{count} labels are fewer than the {classes} classes of {args.data}")
+    drawn, _ = split_by_class(labels_of(train), lambda n: count // classes, seed=0)
+    return Subset(train, drawn), val
+
+
+def open_val(folder, classes):
+    """The images of a folder with one folder a class: its name, or its number in `classes`."""
+    source = ImageFiles(folder, labelled=True)
+    number = {name: number for number, name in enumerate(classes)}
+    if len(source.classes) == len(classes) and all(map(str.isdecimal, source.classes)):
+        number = {str(number): number for number in range(len(classes))}
+    differ = sorted(set(source.classes) ^ set(number))
+    if differ:
+        raise InputError(f"--val {folder}: its folders differ from the {len(classes)} classes in "
+                         f"{len(differ)} names, first {', '.join(differ[:3])}")
+    source.targets = np.array([number[name] for name in source.classes])[source.targets]
+    source.classes = list(classes)
+    return source
 
 
 def labels_of(source):
-    """The labels of a data set as a list, without reading images."""
+    """The labels of a data set, (N,), without reading images."""
     if isinstance(source, Subset):
-        labels = labels_of(source.dataset)
-        return [labels[index] for index in source.indices]
-    return [int(label) for label in (source.labels if hasattr(source, "labels") else source.targets)]  # STL10
+        return labels_of(source.dataset)[source.indices]
+    return torch.as_tensor(source.targets).long()
 
 
 def split_by_class(labels, per_class, seed):
     """Indices drawn from every class: `per_class(n)` of its n. -> (drawn, rest), both sorted."""
     generator = torch.Generator().manual_seed(seed)
-    labels, drawn = torch.tensor(labels), []
+    drawn = []
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
         order = torch.randperm(len(members), generator=generator)
@@ -137,104 +197,181 @@ def split_by_class(labels, per_class, seed):
     return sorted(drawn), sorted(set(range(len(labels))) - set(drawn))
 
 
+def finish(run, args, scores):
+    """Print the scores and all that they came from as a JSON line, the log's last line too."""
+    result = {"encoder": args.pretrained, "data": args.data, "val": args.val, **scores}
+    for name in ("sha256", "arch", "stem", "image_size", "seed", "precision", "protocol_version"):
+        result.setdefault(name, getattr(args, name))
+    result |= versions(run.world, run.device)
+    write_line(Path(args.out) / "log.jsonl", result | {"args": vars(args)})
+    leave(run, json.dumps(result))
+
+
+def leave(run, message):
+    """Say this on stdout, and leave the process group."""
+    if run.rank == 0:
+        print(message)
+    if run.world > 1:
+        dist.destroy_process_group()
+
+
+def stop(run, message="stopped while scoring; the same command goes on"):
+    """Leave the script."""
+    leave(run, message)
+    raise SystemExit(0)
+
+
+# ------------------------------------------------------------------------------------------ scoring
 def centre_crop(image, size):
-    """A PIL image -> shorter side 256/224 of the input's longer, centre crop, (3, height, width) uint8."""
-    image = TF.resize(image, round(max(size) * 256 / 224), max_size=2 ** 16)  # of very long ones, a part
-    return TF.pil_to_tensor(TF.center_crop(image, size))
+    """PIL image -> (3, height, width) uint8: as it is where it has this size, else its centre.
+
+    Before that its shorter side is resized to 256/224 of the input's longer one.
+    """
+    if image.size != (size[1], size[0]):
+        image = TF.resize(image, round(max(size) * 256 / 224), max_size=2 ** 16)
+        image = TF.center_crop(image, size)
+    return TF.pil_to_tensor(image)
 
 
-# ---------------------------------------------------------------------------------------- evaluation
 def batches_in_order(run, args, source, what):
-    """Centre crops of a rank's share of a data set: yields (images, labels). Exit code 2 on a bad image.
+    """This rank's share of a data set: yields centre crops, normalised, and labels (B,).
 
-    A signal ends the script: what was trained is saved.
+    A signal ends it early, after as many batches on all ranks. Exit code 2 on an unreadable image.
     """
     crop = partial(centre_crop, size=args.image_size)
     stream = Stream(source, crop, args.seed, len(source), shuffle=False)
-    share, size = range(run.rank, len(source), run.world), max(1, args.batch_size // run.world)
+    unreadable = Unreadable(stream)
+    share, size = range(run.rank, len(source), run.world), max(1, SCORING_BATCH // run.world)
     batches = [share[i:i + size] for i in range(0, len(share), size)]
     loader = load_batches(stream, batches, args.workers, run.device)
-    unreadable = Unreadable(stream)
-    together = len(source) // run.world // size  # batches that every rank has
-    for number, batch in enumerate(tqdm(loader, desc=what, leave=False, disable=run.rank > 0 or None)):
-        if number < together and agree(bool(run.stopping)):
-            stop(run, args, "stopped while scoring")
-        crops, labels, _ = unreadable.note(batch)
-        x = normalize(crops.to(run.device, non_blocking=True))
-        yield x.contiguous(memory_format=torch.channels_last), labels.to(run.device, non_blocking=True)
+    most = agree(len(batches))
+    for _ in tqdm(range(most), desc=what, leave=False, disable=run.rank > 0 or None):
+        with user_errors():
+            batch = next(loader, None)
+        if agree(bool(run.stopping)):
+            return
+        if batch is None:
+            continue
+        crops, labels, bad = batch
+        unreadable.note(bad)
+        x = imagenet_normalize(crops.to(run.device, non_blocking=True))
+        labels = labels.to(run.device, non_blocking=True)
+        yield x.contiguous(memory_format=torch.channels_last), labels
     if unreadable.count():
         fail(f"{what} cannot be scored without the images named above")
 
 
 def count_correct(scores, labels):
-    """Scores (B, classes), labels (B,) -> how many labels are first, and in the first five: tensor (2,)."""
+    """Scores (B, classes), labels (B,) -> (2,): how many labels come first, how many in five."""
     top = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
     return torch.stack((top[:, 0].sum(), top.sum()))
 
 
+def take_buffers_of_rank_0(model, world):
+    """On a CPU batch norms are not synchronised: running statistics are each rank's own."""
+    if world > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 @torch.no_grad()
 def evaluate(run, args, model, source, what="val"):
-    """Top-1 and top-5 in percent of each of the model's heads on a whole data set: [(top1, top5), ...]."""
+    """Top-1 and top-5 in percent of each of the model's heads: [(top1, top5), ...]."""
     model.eval()
-    for buffer in model.buffers() if run.world > 1 else ():  # rank 0's, where they are not synchronised
-        dist.broadcast(buffer, 0)
-    total = torch.zeros(len(model.heads), 2, dtype=torch.long, device=run.device)
+    take_buffers_of_rank_0(model, run.world)
+    correct = torch.zeros(len(model.heads), 2, dtype=torch.long, device=run.device)
     for x, labels in batches_in_order(run, args, source, what):
         with run.autocast:
-            total += torch.stack([count_correct(scores.float(), labels) for scores in model(x)])
+            outputs = model(x)
+        for number, scores in enumerate(outputs):
+            correct[number] += count_correct(scores.float(), labels)
+    if agree(bool(run.stopping)):
+        stop(run)
     if run.world > 1:
-        dist.all_reduce(total)
-    return [tuple(row) for row in (100 * total.double() / len(source)).tolist()]
+        dist.all_reduce(correct)
+    return [tuple(row) for row in (100 * correct.double() / len(source)).tolist()]
+
+
+# ---------------------------------------------------------------------------------------------- kNN
+def features(run, args, encoder, source, what):
+    """This rank's share of a data set: yields l2-normalised features (B, dim5) and labels (B,)."""
+    for x, labels in batches_in_order(run, args, source, what):
+        with run.autocast:
+            pooled = pool(encoder(x)[1])
+        yield l2_normalize(pooled.float()), labels
+
+
+def keep_nearest(cosines, kinds, more_cosines, more_kinds):
+    """The k nearest so far (Q, k) and other candidates (Q, n) -> the k nearest of both, descending.
+
+    kinds: the candidates' labels.
+    """
+    best = torch.cat((cosines, more_cosines), dim=1).topk(cosines.shape[1], dim=1)
+    return best.values, torch.cat((kinds, more_kinds), dim=1).gather(1, best.indices)
 
 
 @torch.no_grad()
-def features(run, args, encoder, source, what):
-    """Pooled conv5 features of a data set, l2-normalised, and labels: (N, dim5), (N,), on every rank."""
-    encoder.eval()
-    bank, start = torch.zeros(len(source), encoder.dim5, device=run.device), run.rank
-    for x, _ in batches_in_order(run, args, source, what):
-        rows = slice(start, start + len(x) * run.world, run.world)
-        with run.autocast:
-            bank[rows] = F.normalize(pool(encoder(x)[1]).float(), dim=1)
-        start = rows.stop
-    if run.world > 1:
-        dist.all_reduce(bank)  # 0 where another rank has the row
-    return bank, torch.tensor(labels_of(source), device=run.device)
+def knn(run, args, encoder, bank, val, ks=(20, 200)):
+    """kNN on `val` with the labelled images `bank` -> scores in percent, by name; None on a signal.
 
-
-def knn_scores(queries, bank, labels, k, classes, temperature=0.07):
-    """Weighted kNN votes (B, classes): each of the k nearest adds exp(cosine / temperature) to its class.
-
-    queries (B, D) and bank (N, D) l2-normalised; labels (N,); k is clamped to N.
+    top1 and top5 are those of the first of ks, top1_k200 and top5_k200 of 200; the last is largest.
+    The bank streams past: each rank compares its share of it, batch by batch, with all queries and
+    keeps the k nearest; the ranks' are merged at the end. On ImageNet (50,000 queries of 2048
+    numbers, k = 200) a rank holds 0.41 GB of queries, 0.12 of neighbours and up to 0.5 in between,
+    however large the bank, which would be 10.5 GB.
+    A copy of the encoder is scored: mode, weights and statistics stay, as does the random state.
     """
-    cosine, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)  # (B, k)
-    votes = torch.zeros(len(queries), classes, device=queries.device)
-    return votes.scatter_add_(1, labels[nearest], (cosine / temperature).exp())
+    encoder = copy.deepcopy(encoder).eval()
+    take_buffers_of_rank_0(encoder, run.world)
+    truth = labels_of(val).to(run.device)
+    queries = torch.zeros(len(val), encoder.dim5, device=run.device)
+    cosines = torch.full((len(val), ks[-1]), -math.inf, device=run.device)  # votes of 0
+    kinds = torch.zeros_like(cosines, dtype=torch.long)
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a number
+        row = run.rank
+        for some, _ in features(run, args, encoder, val, "val features"):
+            end = row + len(some) * run.world
+            queries[row:end:run.world] = some
+            row = end
+        if run.world > 1:
+            dist.all_reduce(queries)  # 0 where another rank has the row
+        for some, labels in features(run, args, encoder, bank, "train features"):
+            labels = labels.expand(len(val), -1)  # (Q, B)
+            cosines, kinds = keep_nearest(cosines, kinds, queries @ some.T, labels)
+    if agree(bool(run.stopping)):
+        return None
 
-
-def knn(run, args):
-    """Top-1 and top-5 in percent on val: top1 and top5 with k = 20, top1_k200 and top5_k200 with k = 200."""
-    bank, labels = features(run, args, run.encoder, run.train, "train features")
-    queries, truth = features(run, args, run.encoder, run.val, "val features")
+    own = cosines, kinds
+    for rank in range(run.world if run.world > 1 else 0):
+        theirs = [tensor.clone() for tensor in own]
+        for tensor in theirs:
+            dist.broadcast(tensor, rank)
+        if rank != run.rank:
+            cosines, kinds = keep_nearest(cosines, kinds, *theirs)
     scores = {}
-    for k, suffix in ((20, ""), (200, "_k200")):
-        correct = sum(count_correct(knn_scores(q, bank, labels, k, run.classes), y)
-                      for q, y in zip(queries.split(256), truth.split(256)))
-        scores["top1" + suffix], scores["top5" + suffix] = (100 * correct.double() / len(truth)).tolist()
+    for k in ks:
+        weights = (cosines[:, :k] / TEMPERATURE).exp()
+        votes = torch.zeros(len(val), len(val.classes), device=run.device)
+        votes.scatter_add_(1, kinds[:, :k], weights)
+        top1, top5 = (100 * count_correct(votes, truth).double() / len(val)).tolist()
+        suffix = "" if k == ks[0] else f"_k{k}"
+        scores |= {f"top1{suffix}": top1, f"top5{suffix}": top5}
     return scores
 
 
-# ------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 def new_head(kind, dim, classes):
-    """(B, dim) -> (B, classes): weights N(0, 0.01), bias 0; `linear-bn` ends in a batch norm (release)."""
+    """(B, dim) -> (B, classes); weights N(0, 0.01), bias 0. linear-bn: a batch norm (release)."""
     linear = nn.Linear(dim, classes)
     nn.init.normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)
-    return nn.Sequential(linear, nn.BatchNorm1d(classes)) if kind == "linear-bn" else nn.Sequential(linear)
+    if kind == "linear-bn":
+        return nn.Sequential(linear, nn.BatchNorm1d(classes))
+    return nn.Sequential(linear)
 
 
 class Probe(nn.Module):
-    """Frozen encoder and one head per learning rate: (B, 3, height, width) -> list of scores (B, classes)."""
+    """Frozen encoder and one head a learning rate: (B, 3, H, W) -> list of scores (B, classes)."""
 
     def __init__(self, encoder, heads):
         super().__init__()
@@ -252,105 +389,189 @@ class Probe(nn.Module):
             return [head(pooled) for head in self.heads]
 
 
-def fit(run, args, out, model, optimizer, source, epochs):
-    """Train `model`, which gives a list of scores, by a cosine per step from each group's `base_lr`. -> model
+def is_finite(module):
+    """Whether all of a module's numbers are finite."""
+    return all(bool(tensor.isfinite().all()) for tensor in module.state_dict().values())
 
-    Resumes from, logs in and saves to `out`: every epoch (of at least 100 steps), at the end, on a signal.
+
+def drop_diverged(model, optimizer, losses):
+    """Set heads whose loss or weights are not finite, and their rates, to 0, for good.
+
+    The others train as if they were alone. -> whether there are any.
+    """
+    lost = not is_finite(model.encoder)
+    groups = optimizer.param_groups[-len(model.heads):]
+    for head, group, loss in zip(model.heads, groups, losses):
+        if agree(lost or not math.isfinite(loss) or not is_finite(head)):
+            group["base_lr"] = 0.0
+            for parameter in head.parameters():
+                optimizer.state.pop(parameter, None)  # its momentum
+            for tensor in head.state_dict().values():
+                tensor.zero_()
+    return any(group["base_lr"] for group in groups)
+
+
+def fit(run, args, model, optimizer, source):
+    """Train a model that gives a list of scores on `source` for args.epochs -> the model.
+
+    Each group's rate goes from its base_lr to 0 by a cosine. None when every head has diverged.
+    Resumes from, logs in and saves to args.out: every epoch (of at least 100 steps), at the end, on
+    a signal, which ends the script.
     """
     rank, world, device = run.rank, run.world, run.device
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    scaled = args.precision == "fp16" and any(p.requires_grad for p in model.encoder.parameters())
+    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+    args.images = len(source)
     steps_per_epoch = len(source) // args.batch_size
-    total_steps = epochs * steps_per_epoch
-    parts, args.images = {"model": model, "optimizer": optimizer, "scaler": scaler}, len(source)
-    start, known = restore(out, args, parts, FREE)
+    total_steps = args.epochs * steps_per_epoch
+    last = min(total_steps, args.max_steps or total_steps)
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    start, known = restore(args.out, args, parts, FREE, DEFAULTS)
     model, parallel = parallelise(model, world, device)
     crop = transforms.Compose([partial(crop_and_flip, size=args.image_size), TF.pil_to_tensor])
-    dataset = Stream(source, crop, args.seed, steps_per_epoch * args.batch_size)
-    unreadable = Unreadable(dataset, known)
-    last = min(total_steps, args.max_steps or total_steps)
+    stream = Stream(source, crop, args.seed, steps_per_epoch * args.batch_size)
+    unreadable = Unreadable(stream, known)
     sampler = stream_batches(start, last, args.batch_size, rank, world)
-    log = open_log(out, args, start, total_steps, world, device)
-    bar = tqdm(total=last, initial=start, unit="step", desc=Path(out).name, disable=rank > 0 or None)
+    batches = load_batches(stream, sampler, args.workers, device)
+    log, _ = open_log(args.out, args, start, total_steps, world, device)
+    bar = tqdm(total=last, initial=start, unit="step", desc=Path(args.out).name,
+               disable=rank > 0 or None)
 
     model.train()
     done, stopped = start, False
-    for crops, labels, _ in map(unreadable.note, load_batches(dataset, sampler, args.workers, device)):
+    while done < last and not stopped:
+        with user_errors():
+            crops, labels, bad = next(batches)
+        unreadable.note(bad)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * 0.5 * (1 + math.cos(math.pi * done / total_steps))
-        x = normalize(crops.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+        x = imagenet_normalize(crops.to(device, non_blocking=True))
         labels = labels.to(device, non_blocking=True)
         with run.autocast:
-            scores = parallel(x)
-        losses = [F.cross_entropy(s.float(), labels) for s in scores]
+            outputs = parallel(x.contiguous(memory_format=torch.channels_last))
+        losses = [F.cross_entropy(scores.float(), labels) for scores in outputs]
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(sum(losses)).backward()
         scaler.step(optimizer)
         scaler.update()
+        done += 1
         bar.update()
 
-        done += 1
         stopped = bool(agree(bool(run.stopping)))
         logging = done % args.log_every == 0 or done == total_steps
         saving = done % max(100, steps_per_epoch) == 0 or done == last or stopped
         if not (logging or saving):
             continue
-        values = average({f"loss_{i}": loss for i, loss in enumerate(losses)}, model, done, world)
+        correct = [count_correct(scores.float(), labels)[0] / len(labels) for scores in outputs]
+        loss = list(average(dict(enumerate(losses)), world).values())
+        top1 = [100 * share for share in average(dict(enumerate(correct)), world).values()]
+        alive = drop_diverged(model, optimizer, loss)
         count = unreadable.count()
         if logging:
-            line = {"step": done, "epoch": round(done / steps_per_epoch, 4),
-                    "lr": [group["lr"] for group in optimizer.param_groups], "loss": list(values.values()),
-                    "memory_gib": round(memory_gib(device), 2), "unreadable": count}
-            on_rank_0(write_line, log, line)
-            bar.set_postfix(loss=f"{values['loss_0']:.3f}", refresh=False)
+            rates = [group["lr"] for group in optimizer.param_groups]
+            write_line(log, {
+                "step": done, "epoch": round(done / steps_per_epoch, 4), "lr": rates,
+                "loss": [value if math.isfinite(value) else None for value in loss],
+                "train_top1": top1, "memory_gib": round(memory_gib(device), 2),
+                "unreadable": count})
+            bar.set_postfix_str(f"train top-1 {max(top1):.1f}", refresh=False)
+        if not alive:
+            return None
         if saving:
-            save_run(Path(out) / "last.pth", args, done, parts, unreadable)
-        if stopped:
-            break
+            with user_errors(1, "cannot write (what was there before stays): "):
+                if rank == 0:
+                    content = checkpoint_of(args, done, parts, unreadable)
+                    write_whole(f"{args.out}/last.pth", content)
     bar.close()
     if done < total_steps:
-        stop(run, args, f"{out}: stopped after step {done} of {total_steps}")
+        advice = "the same command goes on"
+        if done == last:
+            advice = f"to go on, raise --max-steps {last} or leave it out"
+        stop(run, f"{args.out}: stopped after step {done} of {total_steps}; {advice}")
     return model
 
 
-# ---------------------------------------------------------------------------------------------- main
-def main(argv=None):
-    args = parse_args(argv)
-    run = setup(args, "knn" if args.knn else "linear")
-    if args.knn:
-        result = knn(run, args) | {"protocol": "knn", "k": 20, "temperature": 0.07}
-        return finish(run, args, result)
+# --------------------------------------------------------------------------------------------- main
+def train_classifier(run, args):
+    """Heads at all of args.lr; the best is scored on val and saved -> the final line's fields."""
+    source, held_out = run.train, ()
+    if len(args.lr) > 1:
+        drawn, rest = split_by_class(labels_of(run.train), lambda n: min(10, n // 10), args.seed)
+        if not drawn:
+            fail("fewer than 10 images in every class: too few to choose between several --lr")
+        source, held_out = Subset(run.train, rest), Subset(run.train, drawn)
+    if len(source) < args.batch_size or args.batch_size % run.world:
+        fail(f"--batch-size {args.batch_size}: must be a multiple of {run.world} ranks, up to "
+             f"{len(source)} images")
+    if args.head == "linear-bn" and args.batch_size < 2 * run.world:
+        fail(f"--batch-size {args.batch_size}: the batch norm of --head linear-bn needs at least 2 "
+             "images on each rank")
 
     before = {name: value.clone() for name, value in run.encoder.state_dict().items()}
-    source, held_out = run.train, None
-    if len(args.lr) > 1:  # the choice is made on a tenth of the training images
-        drawn, rest = split_by_class(labels_of(run.train), lambda n: n // 10, args.seed)
-        source, held_out = Subset(run.train, rest), Subset(run.train, drawn)
-        if not drawn:
-            fail("fewer than 10 images in every class: too few to choose between several --lr; give one")
-    if len(source) < args.batch_size or args.batch_size % run.world:
-        fail(f"--batch-size {args.batch_size}: must be a multiple of {run.world} ranks, up to {len(source)}")
     torch.manual_seed(args.seed)
-    heads = [new_head(args.head, run.encoder.dim5, run.classes) for _ in args.lr]
+    heads = [new_head(args.head, run.encoder.dim5, len(run.classes)) for _ in args.lr]
     model = Probe(run.encoder, heads).to(run.device)
     groups = [{"params": list(head.parameters()), "base_lr": lr * args.batch_size / 256}
               for head, lr in zip(heads, args.lr)]
-    model = fit(run, args, args.out, model, torch.optim.SGD(groups, lr=0, momentum=0.9), source, args.epochs)
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    model = fit(run, args, model, optimizer, source)
+    if model is None:
+        fail(f"{args.out}: loss or weights not finite: choose a smaller --lr", code=1)
 
     best, choice = 0, {}
     if held_out:
-        scores = [top1 for top1, _ in evaluate(run, args, model, held_out, "held-out part of train")]
-        best, choice = scores.index(max(scores)), {"choice": dict(zip(map(str, args.lr), scores))}
+        scores = [top1 for top1, _ in evaluate(run, args, model, held_out, "held-out images")]
+        scores = [top1 if group["base_lr"] else -1.0 for top1, group in zip(scores, groups)]
+        best = scores.index(max(scores))
+        choice = dict(zip(map(str, args.lr), scores))  # -1: diverged
     top1, top5 = evaluate(run, args, model, run.val)[best]
     after = model.encoder.state_dict()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     if changed:
-        fail(f"the frozen encoder has moved ({len(changed)} tensors, first {changed[0]}): no score", code=1)
-    classifier = {"head": args.head, "classes": run.train.classes, "sha256": args.sha256,
-                  "state": model.heads[best].state_dict()}
-    on_rank_0(write_whole, f"{args.out}/classifier.pth", partial(torch.save, classifier))
-    result = {"top1": top1, "top5": top5, "protocol": "linear", "head": args.head, "lr": args.lr[best],
-              "epochs": args.epochs, "batch_size": args.batch_size, "percent": 90 if held_out else 100}
-    finish(run, args, result | choice)
+        fail(f"the frozen encoder has moved ({len(changed)} tensors, first {changed[0]}): no score",
+             code=1)
+    trained = {"protocol": "linear", "head": args.head, "lr": args.lr[best], "epochs": args.epochs,
+               "batch_size": args.batch_size, "labels": len(source), "held_out": len(held_out),
+               "seed": args.seed}
+    saved = {"head": args.head, "classes": run.classes, "sha256": args.sha256, "trained": trained,
+             "state": model.heads[best].state_dict()}
+    with user_errors(1, "cannot write: "):
+        if run.rank == 0:
+            write_whole(f"{args.out}/classifier.pth", as_bytes(torch.save, saved))
+    return {"top1": top1, "top5": top5, **trained, "choice": choice}
+
+
+def score_classifier(run, args):
+    """The classifier of --evaluate, scored on val -> the final line's fields."""
+    path = args.evaluate or f"{args.out}/classifier.pth"
+    with user_errors():
+        saved = load_checkpoint(path)
+        if not isinstance(saved, dict) or saved.get("sha256") != args.sha256:
+            raise InputError(f"{path}: not a classifier that was trained on {args.pretrained}")
+        if saved["classes"] != run.classes:
+            raise InputError(f"{path}: trained for other classes than those of {args.data}")
+        head = new_head(saved["head"], run.encoder.dim5, len(run.classes))
+        check_state(path, saved["state"], head.state_dict())
+        head.load_state_dict(saved["state"])
+    model = Probe(run.encoder, [head]).to(run.device)
+    top1, top5 = evaluate(run, args, model, run.val)[0]
+    return {"top1": top1, "top5": top5, **saved["trained"], "classifier": path}
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = setup(args, "knn" if args.knn else "linear")
+    open_sets(run, args, args.labels)
+    if args.evaluate is not None:
+        scores = score_classifier(run, args)
+    elif args.knn:
+        scores = knn(run, args, run.encoder, run.train, run.val)
+        if scores is None:
+            stop(run)
+        scores |= {"protocol": "knn", "k": 20, "temperature": TEMPERATURE, "labels": args.images}
+    else:
+        scores = train_classifier(run, args)
+    finish(run, args, scores)
 
 
 if __name__ == "__main__":

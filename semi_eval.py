@@ -1,14 +1,17 @@
-"""Semi-supervised classification: fine-tune encoder and classifier on 1 % or 10 % of the labels (Table 3).
+"""Semi-supervised classification: fine-tune encoder and classifier on a few labels (Table 3).
 
-  torchrun --nproc_per_node 8 semi_eval.py --pretrained runs/care_resnet50/encoder.pth --percent 1 \\
-      --subset 1percent.txt --lr 0.01 0.02 0.05 0.1 0.005 --epochs 30 50       BYOL's grid on SimCLR's list
-  python semi_eval.py --pretrained runs/demo/encoder.pth --data shapes --percent 10
+  python semi_eval.py --data shapes --pretrained runs/shapes/encoder.pth --percent 10
+  torchrun --nproc_per_node 8 semi_eval.py --pretrained encoder.pth --percent 1 \\
+      --subset 1percent.txt --lr 0.01 0.02 0.05 0.1 0.005 --epochs 30 50     BYOL's grid on ImageNet
+  python semi_eval.py --pretrained random --percent 100                a table's supervised row
 
-Several --lr or --epochs are compared on a held-out fifth of the subset; the best then runs once on all of it.
-The last line on stdout is one JSON object with the scores and the protocol. The same command again resumes.
+Several --lr or --epochs are compared on a held-out fifth of the subset; the best runs once more, on
+all of it. Each run has its own folder in --out, so a grid can grow. The last line on stdout is one
+JSON object: the scores, and all that is needed to repeat them. The same command again resumes.
 """
 import argparse
 import copy
+import hashlib
 from itertools import product
 from pathlib import Path
 
@@ -17,69 +20,104 @@ from torch import nn
 from torch.utils.data import Subset
 
 from care import InputError, pool
-from linear_eval import (add_evaluation_arguments, evaluate, finish, fit, labels_of, new_head, setup,
-                         split_by_class)
-from train import fail, new_parser, positive, user_errors, write_whole
+from linear_eval import (add_evaluation_arguments, evaluate, finish, fit, labels_of, new_head,
+                         open_sets, setup, split_by_class)
+from run import check_ranges, fail, new_parser, use_recipe, user_errors, write_whole
 
 
 # ---------------------------------------------------------------------------------------- arguments
 def parse_args(argv=None):
     """The command line as a namespace; a mistake in it is one line on stderr and exit code 2."""
     parser = new_parser(__doc__)
-    add_evaluation_arguments(parser, epochs=[50], batch_size=1024, lr=[0.05])
+    add_evaluation_arguments(parser)
     add = parser.add_argument_group("protocol").add_argument
-    add("--percent", type=int, choices=(1, 10), required=True, help="share of the training labels")
-    add("--subset", metavar="FILE", help="list of file names, as SimCLR's (default: drawn per class, seeded)")
-    add("--head-lr", type=float, help="learning rate of the classifier (default: that of the encoder)")
+    add("--percent", type=int, choices=(1, 10, 100), required=True,
+        help="share of the training labels")
+    add("--subset", metavar="FILE",
+        help="list of images, a line each: file names, as in SimCLR's lists, or class/file "
+             "(default: drawn from every class, by the seed)")
+    add("--epochs", type=int, nargs="+", default=[50],
+        help="passes over the subset; several are compared (default 50)")
+    add("--batch-size", type=int, default=1024,
+        help="over all ranks; of a smaller subset, all of it (default 1024)")
+    add("--lr", type=float, nargs="+", default=[0.05],
+        help="learning rate, whatever the batch size; several are compared (default 0.05)")
+    add("--head-lr", type=float, help="learning rate of the classifier (default: the encoder's)")
     args = parser.parse_args(argv)
-    positive(args, "batch_size")
-    if min(args.epochs) < 1 or min(args.lr) <= 0 or (args.head_lr is not None and args.head_lr <= 0):
-        fail("--epochs, --lr and --head-lr must be above 0")
+    use_recipe(args, ("image_size",))
+    check_ranges(args)
     return args
 
 
 # ------------------------------------------------------------------------------------------- subset
 def names_of(source):
-    """The name of every image as lists have it: the bare file name, which begins with the class and `_`.
+    """class/file of every image; below the class, the path to a file, or the number of an image."""
+    if hasattr(source, "name"):
+        return [source.name(index) for index in range(len(source))]
+    labels = labels_of(source).tolist()
+    return [f"{source.classes[label]}/{index}" for index, label in enumerate(labels)]
 
-    The class is put before a name that lacks it; images without a file are numbered.
-    """
-    files = map(str, range(len(source)))
-    if hasattr(source, "samples"):
-        files = [Path(path).name for path, _ in source.samples]
-    classes = [source.classes[label] for label in labels_of(source)]
-    return [name if name.startswith(f"{kind}_") else f"{kind}_{name}" for kind, name in zip(classes, files)]
+
+def short_names(name, kind):
+    """What a list may call the image class/folders/file of the class `kind`, beside that."""
+    below = name.removeprefix(f"{kind}/")
+    file = Path(name).name
+    return {below, file, f"{kind}/{file}", f"{kind}_{file}"}
 
 
 def read_subset(path, source):
-    """Indices of the images that a list names, one a line. ValueError if one is unknown, a class empty."""
-    index = {name: i for i, name in enumerate(names_of(source))}
-    wanted = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-    missing = [name for name in wanted if name not in index]
-    if missing:
-        raise InputError(f"{path}: {len(missing)} of {len(wanted)} names are not in the training images, "
-                         f"first {', '.join(missing[:3])}")
-    return check_classes(sorted({index[name] for name in wanted}), source, path)
+    """Indices of the images in a list, one a line, by names_of, or shorter if that tells which.
+
+    Bytes that are no UTF-8 are kept, as in names of files; a byte-order mark and the line ends of
+    Windows are no part of a name. InputError if a name is unknown or of several images, or a class
+    has none.
+    """
+    text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape")
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    wanted = [line for line in lines if line]
+    exact, short = {}, {}
+    for index, (name, label) in enumerate(zip(names_of(source), labels_of(source).tolist())):
+        exact[name] = index
+        for other in short_names(name, source.classes[label]):
+            short.setdefault(other, []).append(index)
+    indices, unknown = set(), []
+    for name in wanted:
+        found = [exact[name]] if name in exact else short.get(name, [])
+        if len(found) > 1:
+            raise InputError(f"{path}: {shown(name)} is the name of {len(found)} images; give "
+                             "class/file for each")
+        if not found:
+            unknown.append(shown(name))
+        indices.update(found)
+    if unknown:
+        raise InputError(f"{path}: {len(unknown)} of {len(wanted)} names are not in the training "
+                         f"images, first {', '.join(unknown[:3])}")
+    return check_classes(sorted(indices), source, path)
+
+
+def shown(name):
+    """A name that can be printed, whatever bytes are in it."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def draw_subset(source, percent, seed):
-    """Indices of `percent` of every class, rounded, drawn by the seed. ValueError when a class gets none."""
+    """Indices of `percent` of every class, rounded, drawn by the seed; InputError if of none."""
     indices, _ = split_by_class(labels_of(source), lambda n: round(n * percent / 100), seed)
     return check_classes(indices, source, f"--percent {percent}")
 
 
 def check_classes(indices, source, what):
-    """The indices; ValueError unless they hold every class."""
-    labels = labels_of(source)
-    empty = set(range(len(source.classes))) - {labels[i] for i in indices}
+    """The indices; InputError unless they hold every class."""
+    empty = set(range(len(source.classes))) - set(labels_of(source)[indices].tolist())
     if empty:
-        raise InputError(f"{what}: no image for {len(empty)} classes, first {source.classes[min(empty)]}")
+        first = source.classes[min(empty)]
+        raise InputError(f"{what}: no image for {len(empty)} classes, first {first}")
     return indices
 
 
-# ------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 class FineTune(nn.Module):
-    """Encoder and classifier, all trained: (B, 3, height, width) -> [scores (B, classes)]."""
+    """Encoder and classifier, all trained: (B, 3, H, W) -> [scores (B, classes)]."""
 
     def __init__(self, encoder, classes):
         super().__init__()
@@ -90,25 +128,50 @@ class FineTune(nn.Module):
         return [self.heads[0](pool(self.encoder(x)[1]))]
 
 
-def fine_tune(run, args, out, source, lr, epochs):
-    """A fresh model, fine-tuned on `source` (SGD, Nesterov 0.9, cosine) -> the model, its batch size."""
-    Path(out).mkdir(parents=True, exist_ok=True)
+def fine_tune(run, args, name, source, lr, epochs):
+    """A fresh model, fine-tuned on `source`, in --out/name -> the model, or None; its arguments.
+
+    SGD with Nesterov's momentum 0.9, cosine, no weight decay. None: it has diverged.
+    """
     args = argparse.Namespace(**vars(args))
-    args.batch_size = min(args.batch_size, len(source)) // run.world * run.world  # small subsets: one batch
+    args.out, args.lr, args.epochs = str(Path(args.out) / name), lr, epochs
+    args.batch_size = min(args.batch_size, len(source)) // run.world * run.world
+    if args.head_lr is None:
+        args.head_lr = lr
     if args.batch_size < 2 * run.world:
-        fail(f"{len(source)} images are too few for {run.world} ranks")
+        fail(f"batches of {args.batch_size}, of {len(source)} images: {run.world} ranks need at "
+             "least 2 images each")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    model = FineTune(run.encoder, run.classes).to(run.device)
+    model = FineTune(run.encoder, len(run.classes)).to(run.device)
     groups = [{"params": list(model.encoder.parameters()), "base_lr": lr},
-              {"params": list(model.heads.parameters()), "base_lr": args.head_lr or lr}]
+              {"params": list(model.heads.parameters()), "base_lr": args.head_lr}]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
-    return fit(run, args, out, model, optimizer, source, epochs), args.batch_size
+    return fit(run, args, model, optimizer, source), args
 
 
-# ---------------------------------------------------------------------------------------------- main
+def compare(run, args, subset, grid):
+    """Top-1 of each (lr, epochs) on a held-out fifth of the subset; -1 where it diverged."""
+    drawn, rest = split_by_class(labels_of(subset), lambda n: round(n / 5), args.seed)
+    if not drawn:
+        fail(f"{len(subset)} images: too few a class to hold a fifth out; give one --lr and one "
+             "--epochs")
+    scores = {}
+    for lr, epochs in grid:
+        name = f"lr{lr:g}_epochs{epochs}"
+        model, _ = fine_tune(run, args, name, Subset(subset, rest), lr, epochs)
+        scores[lr, epochs] = -1.0
+        if model is not None:
+            held_out = Subset(subset, drawn)
+            scores[lr, epochs], _ = evaluate(run, args, model, held_out, "held-out fifth")[0]
+    return scores
+
+
+# --------------------------------------------------------------------------------------------- main
 def main(argv=None):
     args = parse_args(argv)
     run = setup(args, f"semi{args.percent}")
+    open_sets(run, args)
     with user_errors():
         if args.subset:
             indices = read_subset(args.subset, run.train)
@@ -116,31 +179,28 @@ def main(argv=None):
             indices = draw_subset(run.train, args.percent, args.seed)
         if run.rank == 0:
             names = names_of(run.train)
-            text = "".join(f"{names[i]}\n" for i in indices).encode()
-            write_whole(Path(args.out) / "subset.txt", lambda buffer: buffer.write(text))
+            lines = "".join(f"{names[index]}\n" for index in indices)
+            write_whole(f"{args.out}/subset.txt", lines.encode("utf-8", "surrogateescape"))
     subset = Subset(run.train, indices)
+    args.subset = hashlib.sha256(str(indices).encode()).hexdigest()
 
-    grid, choice = list(product(args.lr, args.epochs)), {}
+    grid, scores = list(product(args.lr, args.epochs)), {}
+    best = grid[0]
     if len(grid) > 1:
-        drawn, rest = split_by_class(labels_of(subset), lambda n: round(n / 5), args.seed)
-        if not drawn:
-            fail(f"{len(subset)} images: too few a class to hold a fifth out; give one --lr and one --epochs")
-        for lr, epochs in grid:
-            out = Path(args.out) / f"lr{lr:g}_epochs{epochs}"
-            model, _ = fine_tune(run, args, out, Subset(subset, rest), lr, epochs)
-            scores = evaluate(run, args, model, Subset(subset, drawn), "held-out fifth of the subset")
-            choice[lr, epochs] = scores[0][0]
-        grid = [max(grid, key=choice.get)]
-    (lr, epochs), = grid
-    model, batch_size = fine_tune(run, args, args.out, subset, lr, epochs)
+        scores = compare(run, args, subset, grid)
+        best = max(grid, key=scores.get)
+    lr, epochs = best
+    name = f"final_lr{lr:g}_epochs{epochs}"
+    model, final = fine_tune(run, args, name, subset, lr, epochs)
+    if model is None:
+        fail(f"{final.out}: loss or weights not finite: choose a smaller --lr", code=1)
     top1, top5 = evaluate(run, args, model, run.val)[0]
-    result = {"top1": top1, "top5": top5, "protocol": "semi", "percent": args.percent, "head": "linear",
-              "lr": lr, "head_lr": args.head_lr or lr, "epochs": epochs,
-              "batch_size": batch_size, "images": len(subset)}
-    if choice:
-        result["choice"] = {f"lr {lr:g}, {epochs} epochs": round(score, 3)
-                            for (lr, epochs), score in choice.items()}
-    finish(run, args, result)
+    choice = {f"lr {lr:g}, {epochs} epochs": score for (lr, epochs), score in scores.items()}
+    finish(run, args, {
+        "top1": top1, "top5": top5, "protocol": "semi", "percent": args.percent, "head": "linear",
+        "lr": final.lr, "head_lr": final.head_lr, "epochs": final.epochs,
+        "batch_size": final.batch_size, "labels": len(subset), "subset": args.subset,
+        "choice": choice})
 
 
 if __name__ == "__main__":
