@@ -32,29 +32,26 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # What runs with a data set unless a flag says otherwise. base_lr is per 256 images, crop_min the
 # smallest crop's share of an image; warmup_epochs None: min(10, epochs / 10). knn_images labelled
-# ones are kNN's bank every knn_every epochs; labels (None: all), head, linear_epochs: linear_eval's.
+# ones are kNN's bank every knn_every epochs; labels (None: all), head, linear_epochs: linear_eval.
 PAPER = {
     "arch": "resnet50", "stem": "imagenet", "image_size": 224, "hidden_dim": 4096,
     "batch_size": 1024, "base_lr": 0.05, "epochs": 100, "warmup_epochs": None, "tau_base": 0.99,
-    "crop_min": 0.08, "knn_every": 0, "knn_images": 50000,
-    "labels": None, "head": "linear-bn", "linear_epochs": 80,
-}
+    "crop_min": 0.08, "knn_every": 0, "knn_images": 50000, "labels": None, "head": "linear-bn",
+    "linear_epochs": 80}
 MINUTES = PAPER | {  # what the embedded sets share: some hundred steps, small images, few labels
     "arch": "resnet18", "hidden_dim": 512, "batch_size": 32, "base_lr": 0.2, "tau_base": 0.9,
-    "crop_min": 0.3, "knn_every": 1, "knn_images": 1000,
-    "labels": 1000, "head": "linear", "linear_epochs": 40,
-}
-SMALL_IMAGES = PAPER | {  # small crops of small images show next to nothing
-    "arch": "resnet18", "hidden_dim": 2048, "batch_size": 256, "crop_min": 0.2, "knn_images": 5000,
-}
+    "crop_min": 0.3, "knn_every": 1, "knn_images": 1000, "labels": 1000, "head": "linear",
+    "linear_epochs": 40}
+SMALL = PAPER | {  # small crops of small images show next to nothing
+    "arch": "resnet18", "hidden_dim": 2048, "batch_size": 256, "epochs": 200, "crop_min": 0.2,
+    "knn_every": 10, "knn_images": 5000}
 RECIPES = {
     "folder": PAPER,
     "shapes": MINUTES | {"image_size": 32, "epochs": 6},  # 750 steps
     "clutter": MINUTES | {"image_size": 64, "epochs": 8},  # 1,000 steps, 16 positions at conv4
-    "cifar10": SMALL_IMAGES | {"stem": "cifar", "image_size": 32, "epochs": 200, "knn_every": 10},
-    "stl10": SMALL_IMAGES | {"image_size": 96, "epochs": 100, "knn_every": 5},
-    "imagenette": SMALL_IMAGES | {"image_size": 160, "batch_size": 128, "base_lr": 0.1,
-                                  "epochs": 200, "tau_base": 0.98, "knn_every": 10},
+    "cifar10": SMALL | {"stem": "cifar", "image_size": 32},
+    "stl10": SMALL | {"image_size": 96, "epochs": 100, "knn_every": 5},
+    "imagenette": SMALL | {"image_size": 160, "batch_size": 128, "base_lr": 0.1, "tau_base": 0.98},
 }
 NAMED_SETS = tuple(name for name in RECIPES if name != "folder")
 
@@ -67,7 +64,6 @@ def recipe_of(data):
 # ------------------------------------------------------------------------------------- image files
 OUTAGES = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # what a network disk says when it is away
 PAUSES = (1, 2, 4, 8, 16, 30)  # seconds between attempts, about a minute in all
-BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF
 
 
 class UnreadableImage(InputError):
@@ -125,10 +121,10 @@ def scale_to_8_bits(path, image, values):
     """Deep gray values (height, width) of an opened image -> an image of mode L."""
     if not (image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")):
         raise UnreadableImage(path, f"mode {image.mode} has no known range: convert it to 16 bits")
-    tags = getattr(image, "tag_v2", {})
-    largest = 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
+    tags = getattr(image, "tag_v2", {})  # TIFF's: 258 bits per sample, 262 whether 0 is white
+    largest = 2 ** tags.get(258, (16,))[0] - 1
     levels = np.rint(values / largest * 255)
-    if tags.get(PHOTOMETRIC) == 0:  # 0 is white
+    if tags.get(262) == 0:
         levels = 255 - levels
     if "transparency" in image.info:
         levels[values == image.info["transparency"]] = 255
@@ -369,9 +365,6 @@ def imagenet_normalize(x):
     return (x - per_channel(x, IMAGENET_MEAN)) / per_channel(x, IMAGENET_STD)
 
 
-normalize = imagenet_normalize  # until all import the new name
-
-
 def to_gray(x):
     """Luma of (B, 3, H, W) -> (B, 1, H, W); ITU-R 601, as PIL and torchvision."""
     return (x * per_channel(x, (0.299, 0.587, 0.114))).sum(1, keepdim=True)
@@ -393,12 +386,9 @@ def jitter_step(x, name, factor):
     """One of torchvision's colour jitter steps on (B, 3, H, W) in 0..1; `factor` (B, 1, 1, 1)."""
     if name == "hue":
         return shift_hue(x, factor)
-    if name == "brightness":
-        target = 0
-    elif name == "contrast":
-        target = to_gray(x).mean((2, 3), keepdim=True)
-    else:
-        target = to_gray(x)
+    target = 0 if name == "brightness" else to_gray(x)
+    if name == "contrast":
+        target = target.mean((2, 3), keepdim=True)
     return (factor * x + (1 - factor) * target).clamp(0, 1)
 
 
@@ -417,24 +407,23 @@ def blur(x, sigma, radius):
 def augment(x, parameters):
     """Batched `per_image`: crops (B, 3, H, W) uint8, parameters (B, 9) on the CPU -> float32."""
     p = dict(zip(PARAMETERS, parameters.unbind(1)))
-    device = x.device
     x = x.float() / 255
     orders = torch.tensor(ORDERS)[p["order"].long()]  # (B, 4); on the CPU: no device is waited for
     for position in range(4):
         for step, name in enumerate(JITTER_STEPS):
             rows = ((p["jitter"] > 0) & (orders[:, position] == step)).nonzero()[:, 0]
-            factor = p[name][rows].view(-1, 1, 1, 1).to(device, non_blocking=True)
-            rows = rows.to(device, non_blocking=True)
+            factor = p[name][rows].view(-1, 1, 1, 1).to(x.device, non_blocking=True)
+            rows = rows.to(x.device, non_blocking=True)
             x[rows] = jitter_step(x[rows], name, factor)
     rows = (p["sigma"] > 0).nonzero()[:, 0]
     if len(rows):
-        sigma = p["sigma"][rows].to(device, non_blocking=True)
-        rows = rows.to(device, non_blocking=True)
+        sigma = p["sigma"][rows].to(x.device, non_blocking=True)
+        rows = rows.to(x.device, non_blocking=True)
         radius = math.ceil(3 * blur_sigmas(x.shape[2:])[1])
         x[rows] = blur(x[rows], sigma, radius)
-    rows = (p["gray"] > 0).nonzero()[:, 0].to(device, non_blocking=True)
+    rows = (p["gray"] > 0).nonzero()[:, 0].to(x.device, non_blocking=True)
     x[rows] = to_gray(x[rows]).expand(-1, 3, -1, -1)
-    rows = (p["solarize"] > 0).nonzero()[:, 0].to(device, non_blocking=True)
+    rows = (p["solarize"] > 0).nonzero()[:, 0].to(x.device, non_blocking=True)
     x[rows] = TF.solarize(x[rows], 128 / 255)
     return imagenet_normalize(x)
 
