@@ -1,16 +1,17 @@
 """Transfer to detection and instance segmentation: the protocols of the paper's Tables 4 and 5.
 
-  torchrun --nproc_per_node 8 detect_eval.py --pretrained runs/care_resnet50/encoder.pth     VOC in ./voc
+  torchrun --nproc_per_node 8 detect_eval.py --pretrained runs/care_resnet50/encoder.pth     VOC
   python detect_eval.py --pretrained runs/demo/encoder.pth --protocol coco-fpn --data shapes \\
       --batch-size 4 --rois 64 --iterations 300
   python detect_eval.py --pretrained runs/demo/encoder.pth --export-detectron2 encoder.pkl
 
-  voc-c4    Faster R-CNN: conv1-conv4 as backbone, conv5 and an extra batch norm as box head      Table 4
-  coco-c4   Mask R-CNN: the same, and the mask head on the box head's map                         Table 4
-  coco-fpn  Mask R-CNN: feature pyramid, two linear layers as box head                            Table 5
+  voc-c4    Faster R-CNN: conv1-conv4 as backbone, conv5 and a batch norm as box head     Table 4
+  coco-c4   Mask R-CNN: the same, and the mask head on the box head's map                 Table 4
+  coco-fpn  Mask R-CNN: feature pyramid, two linear layers as box head                    Table 5
 
-All layers and batch norms train (MoCo's protocol); what torchvision's models leave open is as in Detectron2.
-The last line on stdout is one JSON object with the scores. The same command again resumes.
+All layers and batch norms train (MoCo's protocol); what torchvision's models leave open is as in
+Detectron2. VOC is scored as in 2007, COCO by pycocotools. The last line on stdout is one JSON
+object: the scores and all that led to them. The same command again resumes.
 """
 import contextlib
 import io
@@ -20,76 +21,95 @@ import pickle
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision.transforms.functional as TF
-from PIL import Image
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader
-from torchvision.datasets import CocoDetection, VOCDetection
 from torchvision.models.detection import backbone_utils, faster_rcnn, mask_rcnn, roi_heads, rpn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign, box_convert, clip_boxes_to_image, roi_align
+from torchvision.ops import MultiScaleRoIAlign, box_convert, roi_align
 from tqdm import tqdm
 
 from care import ARCHS, InputError
-from data import IMAGENET_MEAN, IMAGENET_STD, Shapes, Stream, mask_box, open_images, stream_batches
-from train import (Unreadable, add_run_arguments, agree, average, catch_signals, fail, ignore_signals,
-                   memory_gib, new_parser, on_rank_0, open_encoder, open_log, open_run, parallelise,
-                   positive, restore, save_run, set_precision, setup_ranks, user_errors, write_line,
-                   write_whole)
+from data import IMAGENET_MEAN, IMAGENET_STD, Stream, stream_batches
+from detect_data import as_tensors, collate, open_sources
+from run import (Unreadable, add_run_arguments, agree, average, catch_signals, check_finite,
+                 check_ranges, checkpoint_of, fail, gather, load_batches, memory_gib,
+                 new_parser, open_encoder, open_log, open_run, parallelise, restore,
+                 same_on_all_ranks, set_precision, setup_ranks, user_errors, versions, write_line,
+                 write_whole)
 
-PROTOCOLS = {  # iterations, steps after which the rate falls to a tenth, warm-up, shorter sides in training
-    "voc-c4": (24000, (18000, 22000), 100, range(480, 801, 32)),
-    "coco-c4": (90000, (60000, 80000), 1000, range(640, 801, 32)),
-    "coco-fpn": (90000, (60000, 80000), 1000, range(640, 801, 32)),
-}
-FREE = ("workers", "out", "save_every", "log_every", "max_steps", "pretrained")  # the encoder's sha256 counts
+# falls: the steps after which the rate falls to a tenth; sizes: of the shorter side, in pixels
+VOC = {"iterations": 24000, "warmup": 100, "falls": (18000, 22000), "sizes": range(480, 801, 32)}
+COCO = {"iterations": 90000, "warmup": 1000, "falls": (60000, 80000), "sizes": range(640, 801, 32)}
+PROTOCOLS = {"voc-c4": VOC, "coco-c4": COCO, "coco-fpn": COCO}
+MAX_SIZE = 1333  # of the longer side, in pixels
+PROTOCOL_VERSION = 1  # raised when a run that goes on would train in another way than it began
+# What may differ when a run is resumed (the encoder's sha256 counts, not its path), and what an
+# argument was before it existed.
+FREE = ("workers", "out", "save_every", "log_every", "max_steps", "pretrained")
+DEFAULTS = {"protocol_version": 1}
 
 
-# ------------------------------------------------------------------------------------------ arguments
+# -------------------------------------------------------------------------------------- arguments
 def parse_args(argv=None):
     """The command line as a namespace; a mistake in it is one line on stderr and exit code 2."""
     parser = new_parser(__doc__)
     add = parser.add_argument_group("encoder and data").add_argument
     add("--pretrained", required=True, metavar="FILE|random",
-        help="encoder.pth, last.pth, the authors' checkpoint, a torchvision or MoCo state dict, or random")
+        help="encoder.pth, last.pth, the authors' checkpoint, a torchvision or MoCo state dict; "
+             "random: an untrained one")
     add("--arch", choices=ARCHS, help="read off the file unless given (random: default resnet50)")
-    add("--data", metavar="PATH|shapes", help="folder with VOCdevkit/, or annotations/, train2017/, val2017/ "
-        "(default ./voc, ./coco), or embedded scenes; shapes:N has N training images")
+    add("--data", metavar="PATH|shapes",
+        help="folder with VOCdevkit/, or annotations/, train2017/, val2017/ (default ./voc, "
+             "./coco), or embedded scenes; shapes:N has N training images")
     add("--export-detectron2", metavar="OUT.pkl", help="only write the encoder for Detectron2")
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=PROTOCOLS, default="voc-c4", help="see above (default voc-c4)")
-    add("--iterations", type=int, help="the schedule scales with them (default 24000, COCO 90000)")
+    add("--iterations", type=int,
+        help="the schedule scales with them (default 24000, COCO 90000)")
     add("--batch-size", type=int, default=16, help="images over all ranks (default 16)")
     add("--lr", type=float, default=0.02, help="peak learning rate of SGD (default 0.02)")
-    add("--min-size", type=int, nargs="+", metavar="PX", help="shorter sides, one drawn per image; testing "
-        "takes the last, and anchors scale with it (default 480-800 by 32, COCO 640-800, shapes 128)")
-    add("--rois", type=int, default=512, help="regions per image that train the heads (default 512); testing "
-        "looks at twice as many proposals, 1000 at most")
+    add("--min-size", type=int, nargs="+", metavar="PX",
+        help="shorter sides, one drawn per image; testing takes the last, and anchors scale with "
+             "it (default 480-800 by 32, COCO 640-800, shapes 128)")
+    add("--rois", type=int, default=512,
+        help="regions per image that train the heads (default 512); testing looks at twice as many "
+             "proposals, 1000 at most")
     add = parser.add_argument_group("running").add_argument
     add_run_arguments(add)
-    add("--save-every", type=int, default=1000, metavar="STEPS", help="between checkpoints (default 1000)")
-    args = parser.parse_args(argv)
-    iterations, _, _, sizes = PROTOCOLS[args.protocol]
-    args.iterations = iterations if args.iterations is None else args.iterations
-    args.data = args.data or args.protocol.partition("-")[0]
-    shapes = args.data.partition(":")[0] == "shapes"
-    args.min_size = args.min_size or ([128] if shapes else list(sizes))
-    positive(args, "iterations", "batch_size", "rois", "save_every")
-    if args.lr <= 0:
-        fail(f"--lr {args.lr:g}: must be above 0")
-    if any(size % 32 or not 32 <= size <= 1333 for size in args.min_size):
-        fail(f"--min-size {args.min_size}: must be multiples of 32, up to 1333, the longest side")
+    add("--save-every", type=int, default=1000, metavar="STEPS",
+        help="between checkpoints (default 1000)")
+    return fill_in(parser.parse_args(argv))
+
+
+def fill_in(args):
+    """Fill in the defaults that depend on other arguments, and check them."""
+    protocol = PROTOCOLS[args.protocol]
+    if args.iterations is None:
+        args.iterations = protocol["iterations"]
+    if args.data is None:
+        args.data = args.protocol.partition("-")[0]
+    if args.min_size is None:
+        shapes = args.data.partition(":")[0] == "shapes"
+        args.min_size = [128] if shapes else list(protocol["sizes"])
+    if args.out is None:
+        parent = "runs/random" if args.pretrained == "random" else Path(args.pretrained).parent
+        args.out = f"{parent}/{args.protocol}"
+    args.protocol_version = PROTOCOL_VERSION
+    check_ranges(args)
+    for size in args.min_size:
+        if size % 32 or size > MAX_SIZE:
+            fail(f"--min-size {size}: must be a multiple of 32, up to {MAX_SIZE}, the longest side")
     return args
 
 
 def export_detectron2(encoder, path):
-    """Write an encoder as a pickle of numpy arrays in Detectron2's naming, without num_batches_tracked."""
+    """Write an encoder as a pickle of arrays by Detectron2's names, without num_batches_tracked."""
     arrays = {}
     for key, value in encoder.state_dict().items():
         if not key.endswith("num_batches_tracked"):
@@ -99,281 +119,323 @@ def export_detectron2(encoder, path):
             key = key.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
             arrays[key] = value.cpu().numpy()
     content = {"model": arrays, "__author__": "CARE", "matching_heuristics": True}
-    write_whole(path, partial(pickle.dump, content))
+    write_whole(path, pickle.dumps(content))
 
 
-# ----------------------------------------------------------------------------------------------- data
-# A source: source[i] -> ((RGB PIL image, target), i); `classes`, the names of labels 1, 2, ...
-def new_target(image, boxes, labels, crowd, masks=None):
-    """The objects of a PIL image as tensors; boxes are clipped to it, empty ones left out.
-
-    boxes (n, 4) x0, y0, x1, y1 in pixels, float32; labels (n,) int64; crowd (n,) bool: neither right nor
-    wrong to find; masks (n, height, width) uint8, where there are any.
-    """
-    boxes = torch.tensor(np.array(boxes), dtype=torch.float32).reshape(-1, 4)
-    boxes = clip_boxes_to_image(boxes, (image.height, image.width))
-    target = {"boxes": boxes, "labels": torch.tensor(labels).long(), "crowd": torch.tensor(crowd).bool()}
-    if masks is not None:
-        masks = torch.from_numpy(np.array(masks, dtype=np.uint8))
-        target["masks"] = masks.reshape(-1, image.height, image.width)
-    keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return {name: value[keep] for name, value in target.items()}
-
-
-class Scenes(Shapes):
-    """Squares with a few, mostly two to four, of the shapes, later ones in front; fixed by (split, index)."""
-
-    def __getitem__(self, index):
-        rng = np.random.RandomState((index * 2 + (self.split == "val")) % 2 ** 32)
-        canvas, level = self.ground(rng)
-        places, labels, masks = [], [], []
-        for _ in range(rng.randint(2, 10)):
-            radius = rng.uniform(0.12, 0.22)
-            y, x = rng.uniform(radius, 1 - radius, 2)
-            if any(math.hypot(y - v, x - u) < 0.8 * (radius + other) for v, u, other in places):
-                continue
-            places.append((y, x, radius))
-            labels.append(rng.randint(10) + 1)
-            mask = self.paint(canvas, rng, labels[-1] - 1, (y, x), radius, level)
-            masks = [other & ~mask for other in masks] + [mask]
-        image = Image.fromarray(np.rint(canvas).astype(np.uint8))
-        boxes = [mask_box(mask) for mask in masks]
-        return (image, new_target(image, boxes, labels, [False] * len(boxes), masks)), index
-
-
-class Voc(ConcatDataset):
-    """VOC in root/VOCdevkit: trainval07+12 for `train`, test07 for `val`; `difficult` objects are crowd."""
-
-    classes = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-               "person pottedplant sheep sofa train tvmonitor").split()
-
-    def __init__(self, root, split):
-        parts = [("2007", "trainval"), ("2012", "trainval")] if split == "train" else [("2007", "test")]
-        try:
-            super().__init__([VOCDetection(root, year, part) for year, part in parts])
-        except (RuntimeError, OSError) as error:
-            wanted = " and ".join(f"VOCdevkit/VOC{year} ({part})" for year, part in parts)
-            raise InputError(f"--data {root}: must hold {wanted} ({error})") from None
-        self.samples = [(path, None) for part in self.datasets for path in part.images]
-
-    def __getitem__(self, index):
-        image, tree = super().__getitem__(index)
-        objects = tree["annotation"]["object"]
-        sides = [[float(o["bndbox"][side]) for side in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
-        boxes = [(x0 - 1, y0 - 1, x1, y1) for x0, y0, x1, y1 in sides]  # VOC: from 1, last pixel included
-        labels = [self.classes.index(o["name"]) + 1 for o in objects]
-        return (image, new_target(image, boxes, labels, [o.get("difficult") == "1" for o in objects])), index
-
-
-class Coco(CocoDetection):
-    """COCO 2017 in root; `train` has no crowds, and no images without other objects."""
-
-    def __init__(self, root, split):
-        folder, path = f"{root}/{split}2017", f"{root}/annotations/instances_{split}2017.json"
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                super().__init__(folder, path)
-        except (AssertionError, LookupError, TypeError, ValueError, OSError) as error:
-            raise InputError(f"--data {root}: cannot read {path} ({error!r})") from None
-        categories = self.coco.loadCats(sorted(self.coco.getCatIds()))
-        self.split, self.classes = split, [category["name"] for category in categories]
-        self.labels = {category["id"]: label for label, category in enumerate(categories, 1)}
-        self.ids = [image for image in self.ids if split == "val" or self._load_target(image)]
-        self.samples = [(f"{folder}/{self.coco.imgs[image]['file_name']}", None) for image in self.ids]
-
-    def _load_target(self, id):
-        usable = lambda o: self.split == "val" or not o["iscrowd"] and min(o["bbox"][2:]) > 0
-        return [o for o in super()._load_target(id) if usable(o)]
-
-    def __getitem__(self, index):
-        image, objects = super().__getitem__(index)
-        boxes = [(x, y, x + width, y + height) for x, y, width, height in (o["bbox"] for o in objects)]
-        labels = [self.labels[o["category_id"]] for o in objects]
-        masks = [self.coco.annToMask(o) for o in objects]
-        return (image, new_target(image, boxes, labels, [o["iscrowd"] for o in objects], masks)), index
-
-
-def open_source(data, protocol, split):
-    """The source for `split` train or val. ValueError, in one line, where there is nothing to read."""
-    if data.partition(":")[0] == "shapes":
-        return Scenes(split, 200 if split == "val" else len(open_images(data, "train")), size=128)
-    if not Path(data).is_dir():
-        raise InputError(f"--data {data}: no such folder (nor shapes)")
-    return (Voc if protocol == "voc-c4" else Coco)(data, split)
-
-
-def as_tensors(pair, flip=0.0):
-    """(PIL image, target) -> (3, height, width) in 0..1 and target, mirrored with probability `flip`."""
-    if isinstance(pair, Image.Image):  # the stream's stand-in where too many cannot be read: the run will end
-        pair = pair, new_target(pair, [], [], [], [])
-    image, target = TF.to_tensor(pair[0]), dict(pair[1])
-    if torch.rand(()) < flip:
-        image = image.flip(-1)
-        x0, y0, x1, y1 = target["boxes"].unbind(1)
-        target["boxes"] = torch.stack((image.shape[-1] - x1, y0, image.shape[-1] - x0, y1), 1)
-        if "masks" in target:
-            target["masks"] = target["masks"].flip(-1)
-    return image, target
-
-
-def load_batches(stream, sampler, workers, device):
-    """Batches of a Stream: images and targets (lists, on the device), image numbers, unreadable ones."""
-    for samples in DataLoader(stream, batch_sampler=sampler, num_workers=workers, collate_fn=list,
-                              pin_memory=device.type == "cuda", worker_init_fn=ignore_signals):
-        pairs, indices, bad = zip(*samples)
-        images = [image.to(device, non_blocking=True) for image, _ in pairs]
-        targets = [{name: value.to(device, non_blocking=True) for name, value in target.items()}
-                   for _, target in pairs]
-        yield (images, targets), indices, sum(bad, [])
-
-
-# ------------------------------------------------------------------------------------------- detector
+# --------------------------------------------------------------------------------------- detector
 class SharedHeads(roi_heads.RoIHeads):
-    """Heads whose mask head is the box head: conv5 sees a training batch's R regions once (Detectron2)."""
+    """Heads whose mask head is the box head: conv5 sees a training batch's R regions once."""
 
     def forward(self, features, proposals, image_shapes, targets=None):
         if not self.training:
             return super().forward(features, proposals, image_shapes)
         boxes, matches, labels, deltas = self.select_training_samples(proposals, targets)
         maps = self.box_head(self.box_roi_pool(features, boxes, image_shapes))  # (R, C5, 7, 7)
-        losses = roi_heads.fastrcnn_loss(*self.box_predictor(maps), labels, deltas)
+        logits, sides = self.box_predictor(maps)
+        loss_class, loss_box = roi_heads.fastrcnn_loss(logits, sides, labels, deltas)
         objects = [part > 0 for part in labels]
-        boxes, matches = ([part[keep] for part, keep in zip(parts, objects)] for parts in (boxes, matches))
-        logits = self.mask_predictor(maps[torch.cat(objects)])  # (objects, classes, 14, 14)
-        masks, labels = ([target[name] for target in targets] for name in ("masks", "labels"))
-        loss_mask = roi_heads.maskrcnn_loss(logits, boxes, masks, labels, matches)
-        return [], {"loss_classifier": losses[0], "loss_box_reg": losses[1], "loss_mask": loss_mask}
+        loss_mask = roi_heads.maskrcnn_loss(
+            self.mask_predictor(maps[torch.cat(objects)]),  # (objects, classes, 14, 14)
+            proposals=[part[keep] for part, keep in zip(boxes, objects)],
+            mask_matched_idxs=[part[keep] for part, keep in zip(matches, objects)],
+            gt_masks=[target["masks"] for target in targets],
+            gt_labels=[target["labels"] for target in targets])
+        losses = {"loss_classifier": loss_class, "loss_box_reg": loss_box, "loss_mask": loss_mask}
+        return [], losses
 
 
 def as_float32(out):
-    """Nested lists and dicts of tensors in float32: torchvision computes boxes in the type it is given."""
+    """Nested lists and dicts of tensors in float32: torchvision computes boxes in their type."""
     if isinstance(out, dict):
         return {name: as_float32(value) for name, value in out.items()}
-    return out.float() if torch.is_tensor(out) else [as_float32(value) for value in out]
+    if torch.is_tensor(out):
+        return out.float()
+    return [as_float32(value) for value in out]
+
+
+def pool_conv4(maps, boxes, image_shapes):
+    """RoIAlign of a map at stride 16 to (R, C4, 14, 14)."""
+    return roi_align(maps["0"], boxes, 14, spatial_scale=1 / 16, sampling_ratio=0, aligned=True)
+
+
+def c4_parts(encoder, outputs, masks):
+    """-> backbone, its width, and the heads' modules by torchvision's names."""
+    backbone = nn.Sequential(encoder.conv1, encoder.bn1, encoder.relu, encoder.maxpool,
+                             encoder.layer1, encoder.layer2, encoder.layer3)
+    width = encoder.dim5
+    box_head = nn.Sequential(encoder.layer4, nn.BatchNorm2d(width))  # (R, C5, 7, 7)
+    linear = faster_rcnn.FastRCNNPredictor(width, outputs)
+    heads = {"box_roi_pool": pool_conv4, "box_head": box_head,
+             "box_predictor": nn.Sequential(nn.AdaptiveAvgPool2d(1), linear)}
+    if masks:
+        heads |= {"mask_roi_pool": pool_conv4, "mask_head": box_head,
+                  "mask_predictor": mask_rcnn.MaskRCNNPredictor(width, 256, outputs)}
+    return backbone, encoder.dim4, heads
+
+
+def fpn_parts(encoder, outputs, scale):
+    """As `c4_parts`. scale: of the images; 1 where their shorter side is 800 pixels."""
+    layers = {"layer1": "0", "layer2": "1", "layer3": "2", "layer4": "3"}
+    widths = [encoder.dim5 // 8, encoder.dim5 // 4, encoder.dim5 // 2, encoder.dim5]
+    backbone = backbone_utils.BackboneWithFPN(encoder, layers, widths, 256,
+                                              norm_layer=nn.BatchNorm2d)
+    align = partial(MultiScaleRoIAlign, ["0", "1", "2", "3"], sampling_ratio=0,
+                    canonical_scale=224 * scale)
+    heads = {"box_roi_pool": align(output_size=7),
+             "box_head": faster_rcnn.TwoMLPHead(256 * 7 * 7, 1024),
+             "box_predictor": faster_rcnn.FastRCNNPredictor(1024, outputs),
+             "mask_roi_pool": align(output_size=14),
+             "mask_head": mask_rcnn.MaskRCNNHeads(256, [256] * 4, 1, nn.BatchNorm2d),
+             "mask_predictor": mask_rcnn.MaskRCNNPredictor(256, 256, outputs)}
+    return backbone, 256, heads
 
 
 def new_detector(encoder, protocol, classes, min_size=(800,), rois=512):
-    """A torchvision detector around an encoder's own modules; takes lists of images in 0..1 and of targets.
+    """A torchvision detector around an encoder's own modules.
 
-    classes: without background. Anchors and the pyramid's levels are the protocol's where min_size ends in
-    800, and scale with it.
+    Takes lists of images, in 0..1, and of targets. classes: how many, without background. Anchors
+    and the pyramid's levels are the protocol's where min_size ends in 800, and scale with it.
     """
-    scale, outputs, width = min_size[-1] / 800, classes + 1, encoder.dim5
-    sizes, ratios = [size * scale for size in (32, 64, 128, 256, 512)], (0.5, 1.0, 2.0)
+    scale = min_size[-1] / 800
+    sizes = [size * scale for size in (32, 64, 128, 256, 512)]
+    ratios = (0.5, 1.0, 2.0)
     if protocol == "coco-fpn":
-        layers, widths = {f"layer{i + 1}": str(i) for i in range(4)}, [width // 2 ** i for i in (3, 2, 1, 0)]
-        backbone = backbone_utils.BackboneWithFPN(encoder, layers, widths, 256, norm_layer=nn.BatchNorm2d)
-        anchors, rpn_width = AnchorGenerator([(size,) for size in sizes], [ratios] * 5), 256
-        align = partial(MultiScaleRoIAlign, sampling_ratio=0, canonical_scale=224 * scale)
-        before_nms = {"training": 2000, "testing": 1000}
-        after_nms = {"training": 1000, "testing": min(1000, 2 * rois)}
-        box = (align(list("0123"), 7), faster_rcnn.TwoMLPHead(256 * 7 * 7, 1024))
-        predictor = faster_rcnn.FastRCNNPredictor(1024, outputs)
-        mask = (align(list("0123"), 14), mask_rcnn.MaskRCNNHeads(256, [256] * 4, 1, nn.BatchNorm2d),
-                mask_rcnn.MaskRCNNPredictor(256, 256, outputs))
+        backbone, width, heads = fpn_parts(encoder, classes + 1, scale)
+        anchors = AnchorGenerator([[size] for size in sizes], [ratios] * len(sizes))
+        before_nms, after_nms = {"training": 2000, "testing": 1000}, {"training": 1000}
     else:
-        backbone = nn.Sequential(encoder.conv1, encoder.bn1, encoder.relu, encoder.maxpool, encoder.layer1,
-                                 encoder.layer2, encoder.layer3)
-        anchors, rpn_width = AnchorGenerator([sizes], [ratios]), encoder.dim4
-        before_nms = {"training": 12000, "testing": 6000}
-        after_nms = {"training": 2000, "testing": min(1000, 2 * rois)}
-        align = lambda maps, boxes, sizes: roi_align(maps["0"], boxes, 14, 1 / 16, 0, aligned=True)
-        box = (align, nn.Sequential(encoder.layer4, nn.BatchNorm2d(width)))  # (R, C5, 7, 7)
-        predictor = nn.Sequential(nn.AdaptiveAvgPool2d(1), faster_rcnn.FastRCNNPredictor(width, outputs))
-        mask = (*box, mask_rcnn.MaskRCNNPredictor(width, 256, outputs))
-    head = rpn.RPNHead(rpn_width, anchors.num_anchors_per_location()[0])
-    proposals = rpn.RegionProposalNetwork(anchors, head, 0.7, 0.3, 256, 0.5, before_nms, after_nms, 0.7)
-    heads = (SharedHeads if protocol == "coco-c4" else roi_heads.RoIHeads)(
-        *box, predictor, 0.5, 0.5, rois, 0.25, None, 0.05, 0.5, 100, *(mask if protocol != "voc-c4" else ()))
-    for module in (backbone, head, predictor, mask[-1]):
-        module.register_forward_hook(lambda module, inputs, out: as_float32(out))
-    transform = GeneralizedRCNNTransform(min_size, 1333, IMAGENET_MEAN, IMAGENET_STD)
-    return GeneralizedRCNN(backbone, proposals, heads, transform)
+        backbone, width, heads = c4_parts(encoder, classes + 1, masks=protocol == "coco-c4")
+        anchors = AnchorGenerator([sizes], [ratios])
+        before_nms, after_nms = {"training": 12000, "testing": 6000}, {"training": 2000}
+    after_nms["testing"] = min(1000, 2 * rois)
+    head = rpn.RPNHead(width, anchors.num_anchors_per_location()[0])
+    proposals = rpn.RegionProposalNetwork(
+        anchors, head, fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=256,
+        positive_fraction=0.5, pre_nms_top_n=before_nms, post_nms_top_n=after_nms, nms_thresh=0.7)
+    new_heads = SharedHeads if protocol == "coco-c4" else roi_heads.RoIHeads
+    regions = new_heads(
+        **heads, fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=rois,
+        positive_fraction=0.25, bbox_reg_weights=(10.0, 10.0, 5.0, 5.0), score_thresh=0.05,
+        nms_thresh=0.5, detections_per_img=100)
+    for module in (backbone, head, regions.box_predictor, regions.mask_predictor):
+        if module is not None:
+            module.register_forward_hook(lambda module, inputs, out: as_float32(out))
+    transform = GeneralizedRCNNTransform(min_size, MAX_SIZE, IMAGENET_MEAN, IMAGENET_STD)
+    return GeneralizedRCNN(backbone, proposals, regions, transform)
 
 
-# -------------------------------------------------------------------------------------------- scoring
-def annotations(objects, image, masks):
-    """COCO's records of the objects, a target's or a detection's, in image number `image`."""
+# ---------------------------------------------------------------------------------------- scoring
+def encode_masks(masks):
+    """Masks (n, height, width), above 0.5 inside -> n of pycocotools' run-length codes.
+
+    As its `encode` gives them, several times faster: only the columns a mask lies in are read.
+    """
+    from pycocotools.mask import frPyObjects
+    height, width = masks.shape[1:]
+    runs = []
+    for mask in masks:
+        inside = (mask > 0.5).cpu().numpy()
+        columns = np.flatnonzero(inside.any(0))
+        first, last = columns.min(initial=width), columns.max(initial=-1)
+        strip = inside[:, first:last + 1].T.ravel()  # column after column
+        ends = np.flatnonzero(np.diff(strip, prepend=False, append=False)) + first * height
+        counts = np.diff(ends, prepend=0, append=height * width).tolist()
+        if counts[-1] == 0:  # the last pixel is inside
+            counts.pop()
+        runs.append({"size": [height, width], "counts": counts})
+    return frPyObjects(runs, height, width) if runs else []
+
+
+def as_records(objects, image, masks):
+    """COCO's records of the objects, a target's or a detector's, in image number `image`."""
     boxes = box_convert(objects["boxes"].cpu().double(), "xyxy", "xywh").tolist()
-    scores, crowds = (objects.get(name, torch.zeros(len(boxes))).tolist() for name in ("scores", "crowd"))
-    out = [{"image_id": image, "bbox": box, "area": box[2] * box[3], "category_id": label, "score": score,
-            "iscrowd": int(crowd)}
-           for box, label, score, crowd in zip(boxes, objects["labels"].tolist(), scores, crowds)]
-    if masks and out:
-        from pycocotools.mask import encode
-        stack = (objects["masks"].flatten(0, -3) > 0.5).permute(1, 2, 0).cpu().numpy()  # (height, width, n)
-        codes = encode(stack.astype(np.uint8, order="F"))
-        out = [one | {"segmentation": code} for one, code in zip(out, codes)]
-    return out
+    nothing = torch.zeros(len(boxes))
+    labels = objects["labels"].tolist()
+    scores = objects.get("scores", nothing).tolist()
+    crowd = objects.get("crowd", nothing).tolist()
+    codes = encode_masks(objects["masks"].flatten(0, -3)) if masks else None
+    records = []
+    for n, box in enumerate(boxes):
+        one = {"image_id": image, "category_id": labels[n], "bbox": box, "area": box[2] * box[3],
+               "score": scores[n], "iscrowd": int(crowd[n])}
+        if masks:
+            one["segmentation"] = codes[n]
+        records.append(one)
+    return records
 
 
-def average_precisions(images, truth, found, masks):
-    """COCOeval's AP, AP50, AP75 of boxes and, with `masks`, AP_mask, ..., in percent.
+def voc07_precision(matches, count, threshold):
+    """VOC07's average precision of a class: the mean over recalls 0, 0.1, ..., 1, in percent.
 
-    images: COCO's records of them (id, height, width); truth, found: lists of `annotations`.
+    matches: for each detection, the surest first, the object of its image that it overlaps most,
+    and their IoU. Above the threshold it is right, or wrong if a surer one has that object; where
+    that object is difficult (crowd), it is neither. count: how many objects there are to find.
+    """
+    taken, right = set(), []
+    for best, overlap in matches:
+        if overlap <= threshold:
+            right.append(False)
+        elif not best["iscrowd"]:
+            right.append(id(best) not in taken)
+            taken.add(id(best))
+    hits = np.cumsum(right)
+    precision = hits / np.arange(1, len(hits) + 1)
+    recall = hits / count
+    levels = np.arange(11) / 10
+    return 100 * np.mean([precision[recall >= level].max(initial=0) for level in levels])
+
+
+def voc07_scores(truth, found):
+    """AP, AP50, AP75 of boxes in percent; AP is the mean over IoU thresholds 0.5, 0.55, ..., 0.95.
+
+    All are means over the classes that have objects to find. truth, found: lists of `as_records`.
+    """
+    from pycocotools.mask import iou
+    objects, counts, matches = {}, {}, {}
+    for one in truth:
+        objects.setdefault((one["image_id"], one["category_id"]), []).append(one)
+        if not one["iscrowd"]:
+            counts[one["category_id"]] = counts.get(one["category_id"], 0) + 1
+    for one in sorted(found, key=lambda one: one["score"], reverse=True):
+        others = objects.get((one["image_id"], one["category_id"]), [])
+        best, overlap = None, 0.0
+        if others:
+            overlaps = iou([one["bbox"]], [other["bbox"] for other in others], [0] * len(others))
+            best, overlap = others[overlaps[0].argmax()], overlaps.max()
+        matches.setdefault(one["category_id"], []).append((best, overlap))
+    by_threshold = []
+    for threshold in np.arange(50, 100, 5) / 100:
+        precisions = [voc07_precision(matches.get(label, []), count, threshold)
+                      for label, count in counts.items()]
+        by_threshold.append(float(np.mean(precisions)))
+    return {"AP": float(np.mean(by_threshold)), "AP50": by_threshold[0], "AP75": by_threshold[5]}
+
+
+def coco_scores(images, truth, found):
+    """COCOeval's AP, AP50, AP75 of boxes, and AP_mask, AP50_mask, AP75_mask, in percent.
+
+    images: COCO's records of them (id, height, width); truth, found: lists of `as_records`.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
-    scores, sets = {}, (COCO(), COCO())
     categories = [{"id": label} for label in sorted({one["category_id"] for one in truth})]
+    scores, sets = {}, (COCO(), COCO())
     with contextlib.redirect_stdout(io.StringIO()):
         for coco, records in zip(sets, (truth, found)):
-            records = [one | {"id": number} for number, one in enumerate(records, 1)]
-            coco.dataset = {"images": images, "categories": categories, "annotations": records}
+            numbered = [one | {"id": number} for number, one in enumerate(records, 1)]
+            coco.dataset = {"images": images, "categories": categories, "annotations": numbered}
             coco.createIndex()
-        for kind, suffix in (("bbox", ""), ("segm", "_mask"))[:1 + masks]:
+        for kind, suffix in (("bbox", ""), ("segm", "_mask")):
             result = COCOeval(*sets, kind)
             result.evaluate()
             result.accumulate()
             result.summarize()
-            names = ("AP" + suffix, "AP50" + suffix, "AP75" + suffix)
-            scores |= dict(zip(names, (100 * result.stats[:3]).tolist()))
+            for name, value in zip(("AP", "AP50", "AP75"), result.stats.tolist()):
+                scores[name + suffix] = 100 * value
     return scores
 
 
 @torch.no_grad()
-def evaluate(model, source, args, rank, world, device, autocast, stopping=()):
-    """Scores of a detector on a whole source, {} but on rank 0; None if there is a signal in `stopping`.
+def evaluate(model, source, args, run):
+    """Scores of a detector on a whole source, {} but on rank 0; None if a signal asks to stop.
 
-    Exit code 2 if an image cannot be read.
+    run: rank, world, device, autocast, stopping (signals). Exit code 2 if an image is unreadable.
     """
     model.eval()
-    for buffer in model.buffers() if world > 1 else ():  # running statistics: rank 0's, if not synchronised
-        dist.broadcast(buffer, 0)
-    mine, size = range(rank, len(source), world), max(1, args.batch_size // world)
-    sampler = [mine[i:i + size] for i in range(0, len(mine), size)]
+    if run.world > 1:  # running statistics are rank 0's, where they are not synchronised
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    mine = range(run.rank, len(source), run.world)
+    size = max(1, args.batch_size // run.world)
+    sampler = [mine[start:start + size] for start in range(0, len(mine), size)]
     stream = Stream(source, as_tensors, args.seed, len(source), shuffle=False)
-    unreadable = Unreadable(stream)
-    batches = map(unreadable.note, load_batches(stream, sampler, args.workers, device))
-    batches = tqdm(batches, "val", len(sampler), leave=False, disable=rank > 0 or None)
-    masks, records = args.protocol != "voc-c4", ([], [], [])
-    together = len(source) // world // size  # batches that every rank has
-    for number, ((images, targets), indices, _) in enumerate(batches):
-        if number < together and agree(bool(stopping)):
+    batches = load_batches(stream, sampler, args.workers, run.device, collate_fn=collate)
+    unreadable, masks = Unreadable(stream), args.protocol != "voc-c4"
+    sizes, truth, found = [], [], []
+    rounds = math.ceil(len(source) / (run.world * size))  # rank 0's batches; others may have fewer
+    for _ in tqdm(range(rounds), "val", leave=False, disable=run.rank > 0 or None):
+        if agree(bool(run.stopping)):
             return None
-        with autocast:
-            found = model(images)
-        for index, image, target, detection in zip(indices, images, targets, found):
-            records[0].append({"id": index, "height": image.shape[1], "width": image.shape[2]})
-            records[1].extend(annotations(target, index, masks))
-            records[2].extend(annotations(detection, index, masks))
+        with user_errors():
+            batch = next(batches, None)
+        if batch is None:
+            continue
+        images, targets, numbers, bad = batch
+        unreadable.note(bad)
+        with run.autocast:
+            detections = model(to_device(images, run.device))
+        for number, image, target, detection in zip(numbers, images, targets, detections):
+            sizes.append({"id": number, "height": image.shape[1], "width": image.shape[2]})
+            truth += as_records(target, number, masks)
+            found += as_records(detection, number, masks)
     if unreadable.count():
         fail("val cannot be scored without the images named above")
-    parts = [records] * world
-    if world > 1:
-        dist.gather_object(records, parts if rank == 0 else None)
-    return average_precisions(*(sum(lists, []) for lists in zip(*parts)), masks) if rank == 0 else {}
+    shares = gather((sizes, truth, found))
+    if run.rank > 0:
+        return {}
+    sizes, truth, found = (sum(lists, []) for lists in zip(*shares))
+    return coco_scores(sizes, truth, found) if masks else voc07_scores(truth, found)
 
 
-# ------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------- training
 def lr_at(step, args):
-    """Learning rate of step 0, 1, ...: warmed up linearly from a thousandth, twice cut to a tenth."""
-    iterations, falls, warmup, _ = PROTOCOLS[args.protocol]
-    warmup = max(1, min(warmup, args.iterations // 10))
-    fallen = sum(step >= round(fall * args.iterations / iterations) for fall in falls)
+    """Learning rate of step 0, 1, ...: linear from a thousandth of its peak, two falls."""
+    protocol = PROTOCOLS[args.protocol]
+    warmup = max(1, min(protocol["warmup"], args.iterations // 10))
+    scale = args.iterations / protocol["iterations"]
+    fallen = sum(step >= round(fall * scale) for fall in protocol["falls"])
     return args.lr * min(1.0, 0.001 + 0.999 * step / warmup) * 0.1 ** fallen
 
 
+def new_optimizer(model):
+    """SGD, with weight decay on all but the batch norms (Detectron2)."""
+    norms = set()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            norms.update(module.parameters())
+    decayed = [parameter for parameter in model.parameters() if parameter not in norms]
+    others = [parameter for parameter in model.parameters() if parameter in norms]
+    groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 1e-4}]
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+
+
+def to_device(tensors, device):
+    """A list, or a dict, of tensors on the device."""
+    if isinstance(tensors, dict):
+        return {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+    return [value.to(device, non_blocking=True) for value in tensors]
+
+
+def train_step(model, optimizer, scaler, autocast, images, targets, lr):
+    """One step of the optimiser -> the losses, scalars on the device, by name."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    with autocast:
+        losses = model(images, targets)
+    loss = sum(losses.values())
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return {"loss": loss, **losses}
+
+
+def save(args, rank, done, parts, unreadable):
+    """Write last.pth."""
+    with user_errors(1, "cannot write (what was there before stays): "):
+        if rank == 0:
+            write_whole(f"{args.out}/last.pth", checkpoint_of(args, done, parts, unreadable))
+
+
+def ending(args, done, signalled):
+    """The last line of a run without scores: where it stands, and what to type next."""
+    line = f"{args.out}: stopped after step {done} of {args.iterations}"
+    if not signalled:
+        line += ", as --max-steps says; with a larger one, or without it,"
+    return f"{line} the same command goes on"
+
+
+# ------------------------------------------------------------------------------------------- main
 def main(argv=None):
     args = parse_args(argv)
     if args.export_detectron2:
@@ -385,84 +447,103 @@ def main(argv=None):
         import pycocotools.cocoeval  # noqa: F401
     except ImportError:
         fail("scoring needs pycocotools: pip install pycocotools")
-    stopping = catch_signals()
+    signals = catch_signals()
     rank, world, device = setup_ranks(args)
     torch.backends.cudnn.benchmark = False  # image sizes vary
     autocast, scaler = set_precision(args, device)
 
-    # data, model, and where an earlier run of the same command got to
-    parent = "runs/random" if args.pretrained == "random" else Path(args.pretrained).parent
-    args.out = args.out or f"{parent}/{args.protocol}"
+    # encoder and data
     with user_errors():
         encoder, args.sha256 = open_encoder(args.pretrained, args.arch, "imagenet", args.seed)
         args.arch = encoder.arch
-        source, val = (open_source(args.data, args.protocol, split) for split in ("train", "val"))
-        if args.batch_size % world or len(source) < args.batch_size:
-            raise InputError(f"--batch-size {args.batch_size}: must be a multiple of {world} ranks, at most "
-                             f"{len(source)} training images")
-        lock = open_run(args.out) if rank == 0 else None  # held until the process ends
+        source, val = open_sources(args.data, args.protocol)
+        args.images = len(source)
+        if args.batch_size % world or args.images < args.batch_size:
+            raise InputError(f"--batch-size {args.batch_size}: must be a multiple of {world} ranks "
+                             f"and at most {args.images}, the number of training images")
+        if rank == 0:
+            lock = open_run(args.out)  # noqa: F841  held until the process ends
+    same_on_all_ranks(**{name: value for name, value in vars(args).items() if name not in FREE})
+
+    # model, and where an earlier run of the same command got to
     torch.manual_seed(args.seed)
-    model = new_detector(encoder, args.protocol, len(source.classes), args.min_size, args.rois).to(device)
-    norms = {p for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
-    groups = [{"params": [p for p in model.parameters() if (p in norms) == norm], "weight_decay": decay}
-              for norm, decay in ((True, 0.0), (False, 1e-4))]  # as Detectron2
-    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    parts, args.images = {"model": model, "optimizer": optimizer, "scaler": scaler}, len(source)
-    done, known = restore(args.out, args, parts, FREE)
-    model, parallel = parallelise(model, world, device)
+    model = new_detector(encoder, args.protocol, len(source.classes), args.min_size, args.rois)
+    model = model.to(device)
+    optimizer = new_optimizer(model)
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    start, known = restore(args.out, args, parts, FREE, DEFAULTS)
     stop = min(args.iterations, args.max_steps or args.iterations)
-    per_epoch = len(source) // args.batch_size * args.batch_size
+
+    per_epoch = args.images // args.batch_size * args.batch_size
     stream = Stream(source, partial(as_tensors, flip=0.5), args.seed, per_epoch)
+    sampler = stream_batches(start, stop, args.batch_size, rank, world)
+    batches = load_batches(stream, sampler, args.workers, device, collate_fn=collate)
     unreadable = Unreadable(stream, known)
-    sampler = stream_batches(done, stop, args.batch_size, rank, world)
-    log = open_log(args.out, args, done, args.iterations, world, device)
-    bar = tqdm(total=stop, initial=done, unit="step", disable=rank > 0 or None)
+    model, parallel = parallelise(model, world, device)
+    log, _ = open_log(args.out, args, start, args.iterations, world, device)
+    bar = tqdm(total=stop, initial=start, unit="step", disable=rank > 0 or None)
 
     # the loop: a step, log, save
     model.train()
-    for batch, _, _ in map(unreadable.note, load_batches(stream, sampler, args.workers, device)):
-        lr = lr_at(done, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        torch.manual_seed(int(np.random.SeedSequence((args.seed, done, rank)).generate_state(1)[0]))
-        with autocast:  # sizes of images and the sampling of regions come from the seed above
-            losses = parallel(*batch)
-        losses = {"loss": sum(losses.values()), **losses}
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(losses["loss"]).backward()
-        scaler.step(optimizer)
-        scaler.update()
+    done, saved, losses, failure = start, start, {}, None
+    for step in range(start, stop):
+        try:
+            images, targets, _, bad = next(batches)
+        except (InputError, OSError) as error:
+            failure = error
+        if agree(bool(signals) or failure is not None):
+            break
+        unreadable.note(bad)
+
+        # the sizes of images and the sampling of regions are drawn from this seed
+        seed = np.random.SeedSequence((args.seed, step, rank)).generate_state(1)[0]
+        torch.manual_seed(int(seed))
+        images = to_device(images, device)
+        targets = [to_device(target, device) for target in targets]
+        lr = lr_at(step, args)
+        losses = train_step(parallel, optimizer, scaler, autocast, images, targets, lr=lr)
+        done = step + 1
         bar.update()
 
-        done += 1
-        stopped = bool(agree(bool(stopping)))
-        saving = done % args.save_every == 0 or done == stop or stopped
         logging = done % args.log_every == 0 or done == args.iterations
+        saving = done % args.save_every == 0 or done == stop
         if not (logging or saving):
             continue
-        values, count = average(losses, model, done, world), unreadable.count()
+        values = average(losses, world)
+        check_finite(values, model, done)
+        count = unreadable.count()
         if logging:
-            line = {"step": done, "lr": lr, **values, "memory_gib": round(memory_gib(device), 2),
-                    "unreadable": count}
-            on_rank_0(write_line, log, line)
+            write_line(log, {"step": done, "lr": lr, **values,
+                             "memory_gib": round(memory_gib(device), 2), "unreadable": count})
             bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
         if saving:
-            save_run(f"{args.out}/last.pth", args, done, parts, unreadable)
-        if stopped:
-            break
+            save(args, rank, done, parts, unreadable)
+            saved = done
     bar.close()
 
-    ending = f"{args.out}: stopped after step {done} of {args.iterations}; the same command goes on"
+    if done > saved:  # stopped between two checkpoints
+        check_finite(average(losses, world), model, done)
+        unreadable.count()
+        save(args, rank, done, parts, unreadable)
+    with user_errors():
+        if failure is not None:
+            raise failure
+
+    # score
     scores = None
     if done == args.iterations:
-        scores = evaluate(model, val, args, rank, world, device, autocast, stopping)
+        run = SimpleNamespace(rank=rank, world=world, device=device, autocast=autocast,
+                              stopping=signals)
+        scores = evaluate(model, val, args, run)
+    last_line = ending(args, done, signalled=bool(agree(bool(signals))))
     if scores is not None:
-        names = "protocol iterations batch_size lr min_size rois precision seed arch data sha256".split()
-        result = scores | {name: getattr(args, name) for name in names} | {"encoder": args.pretrained}
-        on_rank_0(write_line, log, result)
-        ending = json.dumps(result)
+        metric = "VOC07, 11 points of recall" if args.protocol == "voc-c4" else "COCO"
+        result = {**scores, "metric": metric, **vars(args), "max_size": MAX_SIZE,
+                  "val_images": len(val), **versions(world, device)}
+        write_line(log, result)
+        last_line = json.dumps(result)
     if rank == 0:
-        print(ending)
+        print(last_line)
     if world > 1:
         dist.destroy_process_group()
 
