@@ -74,6 +74,7 @@ def parse_args(argv=None):
     add("--lr", type=float, nargs="+", default=[0.2],
         help="learning rate per 256 images of a batch. Several are trained side by side and "
              "compared on up to 10 images a class, held out from training (default 0.2)")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--knn", action="store_true", help="weighted kNN, k = 20 and 200, instead of training")
     add("--evaluate", nargs="?", const="", metavar="FILE",
         help="score this classifier.pth (default: that in --out) instead of training")
@@ -82,8 +83,6 @@ def parse_args(argv=None):
     if args.epochs is None:
         args.epochs = recipe_of(args.data)["linear_epochs"]
     check_ranges(args)
-    if args.knn and args.evaluate is not None:
-        fail("--knn has no classifier: leave out --evaluate")
     return args
 
 
@@ -168,7 +167,7 @@ def open_val(folder, classes):
     """The images of a folder with one folder a class: its name, or its number in `classes`."""
     source = ImageFiles(folder, labelled=True)
     number = {name: number for number, name in enumerate(classes)}
-    if len(source.classes) == len(classes) and all(map(str.isdecimal, source.classes)):
+    if set(source.classes) != set(classes) and "0" in source.classes:
         number = {str(number): number for number in range(len(classes))}
     differ = sorted(set(source.classes) ^ set(number))
     if differ:
@@ -180,29 +179,28 @@ def open_val(folder, classes):
 
 
 def labels_of(source):
-    """The labels of a data set, (N,), without reading images."""
+    """The labels of a data set, (N,); no image is read."""
     if isinstance(source, Subset):
         return labels_of(source.dataset)[source.indices]
     return torch.as_tensor(source.targets).long()
 
 
 def split_by_class(labels, per_class, seed):
-    """Indices drawn from every class: `per_class(n)` of its n. -> (drawn, rest), both sorted."""
+    """Indices drawn from every class, `per_class(n)` of its n, and the rest: two sorted arrays."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = []
+    drawn = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
         order = torch.randperm(len(members), generator=generator)
-        drawn += members[order[:per_class(len(members))]].tolist()
-    return sorted(drawn), sorted(set(range(len(labels))) - set(drawn))
+        drawn[members[order[:per_class(len(members))]]] = True
+    return np.flatnonzero(drawn), np.flatnonzero(~drawn)
 
 
 def finish(run, args, scores):
     """Print the scores and all that they came from as a JSON line, the log's last line too."""
-    result = {"encoder": args.pretrained, "data": args.data, "val": args.val, **scores}
-    for name in ("sha256", "arch", "stem", "image_size", "seed", "precision", "protocol_version"):
-        result.setdefault(name, getattr(args, name))
-    result |= versions(run.world, run.device)
+    names = ("sha256", "arch", "stem", "image_size", "seed", "precision", "protocol_version")
+    protocol = {name: getattr(args, name) for name in names} | versions(run.world, run.device)
+    result = {"encoder": args.pretrained, "data": args.data, "val": args.val} | protocol | scores
     write_line(Path(args.out) / "log.jsonl", result | {"args": vars(args)})
     leave(run, json.dumps(result))
 
@@ -223,10 +221,7 @@ def stop(run, message="stopped while scoring; the same command goes on"):
 
 # ------------------------------------------------------------------------------------------ scoring
 def centre_crop(image, size):
-    """PIL image -> (3, height, width) uint8: as it is where it has this size, else its centre.
-
-    Before that its shorter side is resized to 256/224 of the input's longer one.
-    """
+    """PIL image -> (3, height, width) uint8: as it is, if of this size, else resized and cropped."""
     if image.size != (size[1], size[0]):
         image = TF.resize(image, round(max(size) * 256 / 224), max_size=2 ** 16)
         image = TF.center_crop(image, size)
@@ -302,10 +297,7 @@ def features(run, args, encoder, source, what):
 
 
 def keep_nearest(cosines, kinds, more_cosines, more_kinds):
-    """The k nearest so far (Q, k) and other candidates (Q, n) -> the k nearest of both, descending.
-
-    kinds: the candidates' labels.
-    """
+    """The k nearest so far (Q, k) and n more, their labels in `kinds` -> the k nearest of all."""
     best = torch.cat((cosines, more_cosines), dim=1).topk(cosines.shape[1], dim=1)
     return best.values, torch.cat((kinds, more_kinds), dim=1).gather(1, best.indices)
 
@@ -395,10 +387,7 @@ def is_finite(module):
 
 
 def drop_diverged(model, optimizer, losses):
-    """Set heads whose loss or weights are not finite, and their rates, to 0, for good.
-
-    The others train as if they were alone. -> whether there are any.
-    """
+    """Set heads whose loss or weights are not finite, and their rates, to 0. -> are any left?"""
     lost = not is_finite(model.encoder)
     groups = optimizer.param_groups[-len(model.heads):]
     for head, group, loss in zip(model.heads, groups, losses):
@@ -497,7 +486,7 @@ def train_classifier(run, args):
     source, held_out = run.train, ()
     if len(args.lr) > 1:
         drawn, rest = split_by_class(labels_of(run.train), lambda n: min(10, n // 10), args.seed)
-        if not drawn:
+        if not len(drawn):
             fail("fewer than 10 images in every class: too few to choose between several --lr")
         source, held_out = Subset(run.train, rest), Subset(run.train, drawn)
     if len(source) < args.batch_size or args.batch_size % run.world:
@@ -521,7 +510,8 @@ def train_classifier(run, args):
     best, choice = 0, {}
     if held_out:
         scores = [top1 for top1, _ in evaluate(run, args, model, held_out, "held-out images")]
-        scores = [top1 if group["base_lr"] else -1.0 for top1, group in zip(scores, groups)]
+        rates = [group["base_lr"] for group in optimizer.param_groups]
+        scores = [top1 if rate else -1.0 for top1, rate in zip(scores, rates)]
         best = scores.index(max(scores))
         choice = dict(zip(map(str, args.lr), scores))  # -1: diverged
     top1, top5 = evaluate(run, args, model, run.val)[best]

@@ -15,6 +15,7 @@ import hashlib
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Subset
@@ -92,7 +93,7 @@ def read_subset(path, source):
     if unknown:
         raise InputError(f"{path}: {len(unknown)} of {len(wanted)} names are not in the training "
                          f"images, first {', '.join(unknown[:3])}")
-    return check_classes(sorted(indices), source, path)
+    return check_classes(np.array(sorted(indices), dtype=np.int64), source, path)
 
 
 def shown(name):
@@ -153,7 +154,7 @@ def fine_tune(run, args, name, source, lr, epochs):
 def compare(run, args, subset, grid):
     """Top-1 of each (lr, epochs) on a held-out fifth of the subset; -1 where it diverged."""
     drawn, rest = split_by_class(labels_of(subset), lambda n: round(n / 5), args.seed)
-    if not drawn:
+    if not len(drawn):
         fail(f"{len(subset)} images: too few a class to hold a fifth out; give one --lr and one "
              "--epochs")
     scores = {}
@@ -182,7 +183,7 @@ def main(argv=None):
             lines = "".join(f"{names[index]}\n" for index in indices)
             write_whole(f"{args.out}/subset.txt", lines.encode("utf-8", "surrogateescape"))
     subset = Subset(run.train, indices)
-    args.subset = hashlib.sha256(str(indices).encode()).hexdigest()
+    args.subset = hashlib.sha256(indices.tobytes()).hexdigest()
 
     grid, scores = list(product(args.lr, args.epochs)), {}
     best = grid[0]
