@@ -430,9 +430,9 @@ def save(args, rank, done, parts, unreadable):
 def ending(args, done, signalled):
     """The last line of a run without scores: where it stands, and what to type next."""
     line = f"{args.out}: stopped after step {done} of {args.iterations}"
-    if not signalled:
-        line += ", as --max-steps says; with a larger one, or without it,"
-    return f"{line} the same command goes on"
+    if signalled:
+        return f"{line}; the same command goes on"
+    return f"{line}, as --max-steps says; the same command goes on with a larger one, or without it"
 
 
 # ------------------------------------------------------------------------------------------- main
