@@ -276,6 +276,22 @@ def test_what_decoding_raises_is_an_unreadable_image_with_its_reason(tmp_path, m
         assert str(tmp_path / name) in str(caught.value)
 
 
+def test_odd_but_whole_images_give_views(tmp_path):
+    """One pixel, very wide, very tall, CMYK, a palette, 16 bits."""
+    sizes = {"one.png": (1, 1), "wide.png": (20_000, 3), "tall.png": (3, 20_000)}
+    for name, size in sizes.items():
+        Image.new("L", size).save(tmp_path / name)
+    Image.new("CMYK", (20, 30)).save(tmp_path / "cmyk.jpg")
+    Image.new("P", (20, 30)).save(tmp_path / "palette.png")
+    Image.new("I;16", (20, 30)).save(tmp_path / "deep.png")
+    source = ImageFiles(tmp_path)
+    stream = data.Stream(source, data.TwoViews((32, 32)), 0, len(source))
+    for n in range(6):
+        (crops, parameters), _, bad = stream[n]
+        assert crops.shape == (2, 3, 32, 32) and bad == []
+        assert torch.isfinite(data.augment(crops, parameters)).all()
+
+
 def test_what_is_no_fault_of_the_file_is_not_an_unreadable_image(tmp_path, monkeypatch):
     """A file that is not there or may not be read, a module that is missing, a slip in the code."""
     save_photos(tmp_path, "a.png")
@@ -339,7 +355,7 @@ def test_a_long_outage_is_the_systems_own_error(tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------------------- folders
 NAMES = ("b/2.png", "b/10.PNG", "b/sub/1.png", "b/sub-2/1.png", "B/ü.jpeg", "a b/x.webp",
-         "b/0.tiff")
+         "b/sub/deep/1.png", "b/0.tiff")
 
 
 def test_files_and_labels_are_image_folders_in_its_order(tmp_path):
@@ -349,18 +365,18 @@ def test_files_and_labels_are_image_folders_in_its_order(tmp_path):
     expected = torchvision.datasets.ImageFolder(root)
     source = ImageFiles(root, labelled=True)
     assert source.classes == expected.classes
-    assert [source.path(i) for i in range(7)] == [path for path, _ in expected.samples]
+    assert [source.path(i) for i in range(8)] == [path for path, _ in expected.samples]
     assert source.targets.tolist() == expected.targets
     assert [label for _, label in source] == expected.targets
     assert np.array_equal(source[3][0], np.asarray(photo()))
     (tmp_path / "top.png").write_bytes((tmp_path / "b" / "2.png").read_bytes())
     plain = ImageFiles(root)
-    assert len(plain) == 8 and set(plain.targets) == {-1} and plain.classes == []
-    names = [plain.name(i) for i in range(8)]
+    assert len(plain) == 9 and set(plain.targets) == {-1} and plain.classes == []
+    names = [plain.name(i) for i in range(9)]
     assert names[0] == "top.png" and sorted(names[1:]) == sorted(NAMES)
     assert data.file_of(Subset(source, [4, 2]), 1) == source.path(2)
     assert data.file_of(open_images("shapes", "val"), 0) is None
-    assert data.describe(plain) == f"8 images in {root}"
+    assert data.describe(plain) == f"9 images in {root}"
 
 
 def test_names_that_are_no_utf8_survive(tmp_path):
@@ -474,7 +490,7 @@ def test_missing_folders_are_named(tmp_path):
             open_images(folder, split)
 
 
-def test_imagenette(tmp_path):
+def test_imagenette(tmp_path, monkeypatch):
     """A generated tree: torchvision's class has neither targets nor readable samples."""
     save_photos(tmp_path / "imagenette2-160", "train/n01440764/n01440764_1.JPEG",
                 "train/n02102040/n02102040_7.JPEG", "train/n02102040/n02102040_9.JPEG",
@@ -486,6 +502,10 @@ def test_imagenette(tmp_path):
     assert len(open_images("imagenette", "val", str(tmp_path))) == 2
     with pytest.raises(InputError, match="imagenette: not in .*, nor to be downloaded"):
         open_images("imagenette", "train", str(tmp_path / "no"))
+    asked = []
+    monkeypatch.setattr(torchvision.datasets, "Imagenette", lambda *_, **flags: asked.append(flags))
+    open_images("imagenette", "val", str(tmp_path), download=True)
+    assert asked == [{"size": "160px", "download": False}]  # older versions refuse a second time
 
 
 # ----------------------------------------------------------------------------- failures in a stream
