@@ -63,7 +63,8 @@ def parse_args(argv=None):
     """The command line as a namespace; a mistake in it is one line on stderr and exit code 2."""
     parser = new_parser(__doc__)
     add_evaluation_arguments(parser)
-    add = parser.add_argument_group("protocol").add_argument
+    protocol = parser.add_argument_group("protocol")
+    add = protocol.add_argument
     add("--labels", type=int, metavar="N",
         help="use N of the training images, of every class as many, in every run the same ones "
              "(default: by --data; all of a folder)")
@@ -74,7 +75,7 @@ def parse_args(argv=None):
     add("--lr", type=float, nargs="+", default=[0.2],
         help="learning rate per 256 images of a batch. Several are trained side by side and "
              "compared on up to 10 images a class, held out from training (default 0.2)")
-    add = parser.add_mutually_exclusive_group().add_argument
+    add = protocol.add_mutually_exclusive_group().add_argument
     add("--knn", action="store_true", help="weighted kNN, k = 20 and 200, instead of training")
     add("--evaluate", nargs="?", const="", metavar="FILE",
         help="score this classifier.pth (default: that in --out) instead of training")
@@ -221,7 +222,7 @@ def stop(run, message="stopped while scoring; the same command goes on"):
 
 # ------------------------------------------------------------------------------------------ scoring
 def centre_crop(image, size):
-    """PIL image -> (3, height, width) uint8: as it is, if of this size, else resized and cropped."""
+    """PIL image -> (3, height, width) uint8: as it is, if of this size, else resized and cut."""
     if image.size != (size[1], size[0]):
         image = TF.resize(image, round(max(size) * 256 / 224), max_size=2 ** 16)
         image = TF.center_crop(image, size)
