@@ -1,23 +1,31 @@
 """Figures: what encoders attend to (the paper's Figure 4), and the curves of training runs.
 
   python visualize.py --pretrained byol.pth care.pth --images photos/ --out attention.png
-  python visualize.py --pretrained random runs/demo/encoder.pth --arch resnet18 --images shapes   with scores
-  python visualize.py --pretrained runs/demo/last.pth --t-stream --query 0.5 0.5 --images photo.jpg
-  python visualize.py --curves runs/demo runs/demo_byol --out curves.png
+  python visualize.py --pretrained random runs/shapes/encoder.pth --arch resnet18 --images clutter
+  python visualize.py --pretrained runs/shapes/last.pth --t-stream --query 0.5 0.5 --images a.jpg
+  python visualize.py --curves runs/shapes runs/shapes_byol --out curves.png
 
-Grad-CAM of a score s at a feature map A (Selvaraju et al., ICCV 2017, https://arxiv.org/abs/1610.02391):
-  weight(c) = sum over y, x of ds / dA(c, y, x)      map(y, x) = relu(sum over c of weight(c) A(c, y, x))
-paper: the gradient's mean. here: its sum, so a score w.z, z = pool(A), is the map's mean before the relu.
---target similarity: s = z.z' / |z| with |z| and z', the normalised z of the mirrored image, held fixed, so
-  map(y, x) = relu(A(y, x).z' / |z|). Its mean before the relu is the cosine of the two, so that maps of
-  different encoders compare. (The gradient of the cosine itself would give maps that sum to zero.)
---target class: s = score of the predicted class, or of --class N, by a classifier of linear_eval.py.
-T-stream: the softmax of CARE's Eq. (2) at a query, averaged over heads, times the number of positions, so
-  that 1 is uniform attention.
+The objects of the rendered sets, shapes and clutter, have masks; there the maps are scored too.
+
+Grad-CAM of a score s at a feature map A (Selvaraju et al., ICCV 2017, arxiv.org/abs/1610.02391):
+  weight(c) = sum over y, x of ds / dA(c, y, x)
+  map(y, x) = relu(sum over c of weight(c) A(c, y, x))
+paper: the gradient's mean. here: its sum, so that a score w.z, z = pool(A), is the map's mean
+before the relu.
+--target similarity: s = z.z' / |z| with |z| and z', the normalised z of the mirrored image, held
+  fixed, so map(y, x) = relu(A(y, x).z' / |z|). Its mean before the relu is the cosine of the two,
+  so that maps of different encoders compare. (The gradient of the cosine itself would give maps
+  that sum to zero.)
+--target class: s = score of the predicted class, or of --class N, by linear_eval.py's classifier.
+T-stream: the softmax of CARE's Eq. (2) at a query, averaged over heads, times the number of
+  positions, so that 1 is uniform attention.
 """
 import json
 import math
-from itertools import cycle, repeat
+import sys
+import textwrap
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,165 +33,231 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm import tqdm
 
-from care import ARCHS, CARE, InputError, check_state, load_checkpoint, pool
-from data import normalize, open_images
-from train import fail, new_parser, open_encoder, user_errors, write_whole
+from care import ARCHS, CARE, STEMS, TAPS, InputError, check_state, load_checkpoint, pool
+from data import ImageFiles, imagenet_normalize, open_images, read_image
+from run import (as_bytes, check_ranges, fail, new_parser, open_encoder, read_lines, user_errors,
+                 write_whole)
 
-CELL, GAP, BAR, TOP = 160, 8, 60, 22  # pixels: longer side of an image, between images, colour bar, titles
-ANCHORS = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # black to yellow
-CHANNELS = [np.interp(np.linspace(0, 4, 256), range(5), channel) for channel in zip(*ANCHORS)]
-COLOURS = np.stack(CHANNELS, axis=1).astype(np.uint8)  # (256, 3), ever lighter
-RUN_COLOURS = ((31, 105, 180), (230, 110, 0), (30, 140, 60), (190, 40, 50), (120, 80, 170))
-CURVES = ("loss", "loss_c", "loss_t", "loss_att", "std_c", "std_t", "lr")
+# The attention figure, in pixels.
+CELL = 160  # longer side of an image
+GAP = 8  # between images
+BAR = 60  # width of a colour bar and its numbers
+LINE = 17  # height of a line of a title
+# (256, 3) uint8: black over red to yellow, ever lighter, so that it reads in gray too.
+AT = np.linspace(0, 4, 256)
+RED = np.interp(AT, range(5), (0, 87, 188, 249, 252))
+GREEN = np.interp(AT, range(5), (0, 16, 55, 142, 255))
+BLUE = np.interp(AT, range(5), (4, 110, 84, 9, 164))
+COLOURS = np.stack((RED, GREEN, BLUE), axis=1).astype(np.uint8)
+
+# The figure of curves, in pixels; drawn twice as large and halved, so that lines have no steps.
+PANEL, PANEL_HEIGHT = 960, 420
+LEFT, RIGHT, ABOVE, BELOW = 132, 68, 68, 60  # around the axes of a panel
+LEGEND = 40  # height of a run's line
+CURVES = {  # key in log.jsonl -> title of its panel
+    "knn": "knn: top-1 accuracy of kNN on val, %",
+    "loss": "loss: loss_c + loss_t + lambda loss_att",
+    "loss_c": "loss_c: C-stream, Eq. (1), both view orders",
+    "loss_t": "loss_t: T-stream, Eq. (3), both view orders",
+    "loss_att": "loss_att: attention, Eq. (4), both view orders",
+    "std_c": "std_c: C-stream's spread, 0 is collapse",
+    "std_t": "std_t: T-stream's spread, 0 is collapse",
+    "lr": "lr: learning rate",
+}
+RUN_COLOURS = ((31, 105, 180), (230, 110, 0), (30, 140, 60), (190, 40, 50),
+               (120, 80, 170), (130, 90, 70), (215, 100, 180), (20, 160, 170))
 
 
 def parse_args(argv=None):
     """The command line as a namespace; a mistake in it is one line on stderr and exit code 2."""
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--pretrained", nargs="+", metavar="FILE|random", help="encoder files of any known layout, or random")
+    add("--pretrained", nargs="+", metavar="FILE|random", help="encoders, in any known layout")
     add("--arch", choices=ARCHS, help="read off the file unless given (random: default resnet50)")
-    add("--stem", choices=("imagenet", "cifar"), help="read off the file unless given (random: imagenet)")
+    add("--stem", choices=STEMS, help="read off the file unless given (random: imagenet)")
     add("--seed", type=int, default=0, help="initial weights of random (default 0)")
-    add("--images", nargs="+", default=["shapes"], metavar="DIR|FILE|shapes", help="default: five shapes")
-    add("--image-size", type=int, default=224, metavar="PX", help="side of the square to which images are "
-        "squeezed for the encoder, and at which shapes are rendered (default 224)")
-    add("--layer", choices=("conv4", "conv5"), default="conv5", help="feature map A (default conv5)")
-    add("--target", choices=("similarity", "class"), default="similarity", help="score (default similarity)")
-    add("--classifier", nargs="+", default=[], metavar="FILE", help="of linear_eval.py, one per encoder")
-    add("--class", type=int, dest="label", metavar="N", help="index of the class (default: the predicted)")
-    add("--t-stream", action="store_true", help="add the transformer's attention per block (needs last.pth)")
-    add("--query", type=float, nargs=2, default=(0.5, 0.5), metavar=("Y", "X"), help="whose attention is "
-        "drawn, as parts of height and width, 0 to 1 (default the centre)")
-    add("--samples", type=int, default=500, help="validation images scored on shapes; 0: none (default 500)")
-    add("--curves", nargs="+", metavar="RUN", help="instead: draw log.jsonl of these run directories")
-    add("--out", metavar="PNG", help="default attention.png or curves.png; scores beside it, as .jsonl")
+    add("--images", nargs="+", default=["shapes"], metavar="DIR|FILE|shapes|clutter",
+        help="photos, or the val images of a rendered set (default shapes)")
+    add("--limit", type=int, metavar="N", help="draw the first N (default 16; 5 of a rendered set)")
+    add("--image-size", type=int, default=224, metavar="PX",
+        help="side of the square to which photos are squeezed for the encoder, and at which "
+             "images are rendered (default 224)")
+    add("--layer", choices=TAPS, default="conv5", help="feature map A (default conv5)")
+    add("--target", choices=("similarity", "class"), default="similarity",
+        help="score s (default similarity)")
+    add("--classifier", nargs="+", default=[], metavar="FILE",
+        help="classifier.pth of linear_eval.py, one per encoder")
+    add("--class", "--label", dest="label", type=int, metavar="N", help="default: the predicted")
+    add("--t-stream", action="store_true", help="add each block's attention (needs last.pth)")
+    add("--query", type=float, nargs=2, default=(0.5, 0.5), metavar=("Y", "X"),
+        help="whose attention is drawn, as parts of height and width (default the centre)")
+    add("--samples", type=int, default=500, metavar="N",
+        help="images of a rendered set that are scored; 0: none (default 500)")
+    add("--curves", nargs="+", metavar="RUN", help="instead: draw log.jsonl of run directories")
+    add("--out", metavar="PNG",
+        help="default attention.png or curves.png; scores go beside it, as .jsonl")
     args = parser.parse_args(argv)
+    check_ranges(args)
     args.out = Path(args.out or ("curves.png" if args.curves else "attention.png"))
+    args.rendered = args.images[0] if args.images in (["shapes"], ["clutter"]) else None
+    args.limit = args.limit or (5 if args.rendered else 16)
     if bool(args.curves) == bool(args.pretrained):
         fail("give either --pretrained, encoders to look at, or --curves, runs to draw")
     if args.out.suffix.lower() != ".png" or args.out.stem == "log":
-        fail(f"--out {args.out}: must end in .png, but not be log.png, whose scores would take a run's log")
-    if not 0 <= args.samples <= 1000 or not all(0 <= part <= 1 for part in args.query):
-        fail("--samples must lie between 0 and 1000, both numbers of --query between 0 and 1")
-    classifiers = len(args.pretrained or ()) if args.target == "class" else 0
-    if len(args.classifier) != classifiers or (args.label is not None and not classifiers):
-        fail("--target class needs one --classifier per encoder; no other takes --classifier or --class")
+        fail(f"--out {args.out}: must end in .png, and log.png would overwrite a run's log")
+    wanted = len(args.pretrained or ()) if args.target == "class" else 0
+    if len(args.classifier) != wanted or (args.label is not None and not wanted):
+        fail("--target class needs one --classifier per encoder; no other takes it, nor --class")
     return args
 
 
-# ----------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------- reading
 def load(args, path, classifier):
-    """An encoder with its title and sha256, its head and classes (--target class), its model (--t-stream)."""
-    name = Path(path).parent.name if Path(path).stem in ("encoder", "last") else Path(path).stem
-    one = SimpleNamespace(path=path, title=name or path, head=None, model=None)
+    """An encoder with path, title, sha256, and if asked for head, classes, model, model_size."""
+    one = SimpleNamespace(path=path, title=title_of(path), head=None, model=None)
     one.encoder, one.sha256 = open_encoder(path, args.arch, args.stem, args.seed)
-    if args.image_size < 1 or args.image_size % one.encoder.stride:
-        raise InputError(f"--image-size {args.image_size}: {path} needs a multiple of {one.encoder.stride}")
+    if args.image_size % one.encoder.stride:
+        raise InputError(f"--image-size: {path} needs a multiple of {one.encoder.stride}")
     if classifier:
-        saved = load_checkpoint(classifier)
-        if not isinstance(saved, dict) or not one.sha256 or saved.get("sha256") != one.sha256:
-            raise InputError(f"{classifier}: not a classifier that linear_eval.py trained on this {path}")
-        one.classes, count = saved["classes"], len(saved["classes"])
-        norm = [nn.BatchNorm1d(count)] if saved["head"] == "linear-bn" else []
-        one.head = nn.Sequential(nn.Linear(one.encoder.dim5, count), *norm)
-        check_state(classifier, saved["state"], one.head.state_dict())
-        one.head.load_state_dict(saved["state"])
-        if not 0 <= (args.label or 0) < count:
-            raise InputError(f"--class {args.label}: {classifier} knows the classes 0 to {count - 1}")
+        one.head, one.classes = load_classifier(classifier, one)
+        if args.label is not None and args.label >= len(one.classes):
+            raise InputError(f"--class: {classifier} knows 0 to {len(one.classes) - 1}")
     if args.t_stream:
-        saved = {} if path == "random" else load_checkpoint(path)
-        settings = saved.get("model_args", {"method": "byol"})
-        if settings["method"] == "byol":
-            raise InputError(f"--t-stream: {path} has no transformer; give last.pth of a run with a T-stream")
-        one.model, one.model_size = CARE(**settings), settings["image_size"]
-        check_state(path, saved["model"], one.model.state_dict())
-        one.model.load_state_dict(saved["model"])
-    for module in filter(None, (one.encoder, one.head, one.model)):
-        module.eval().requires_grad_(False).to(args.device)
+        one.model, one.model_size = load_model(path)
+    for module in (one.encoder, one.head, one.model):
+        if module is not None:
+            module.eval().requires_grad_(False).to(args.device)
     return one
 
 
-def read_image(path):
-    """An image file of any mode as viewers show it, RGB: EXIF turned, on white where clear. Or ValueError."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, which PIL would cut off at 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Exception as error:  # a decoder may raise anything on broken bytes
-        raise InputError(f"{path}: cannot be read as an image ({error})") from None
+def title_of(path):
+    """The run's name for its encoder.pth or last.pth, else the file's, without its ending."""
+    name = Path(path).parent.name if Path(path).stem in ("encoder", "last") else ""
+    return printable(name or Path(path).stem)
 
 
-def find_images(args):
-    """The images to draw, one after the other."""
-    if args.images == ["shapes"]:
-        source = open_images("shapes", "val", size=args.image_size)
-        yield from (source[i][0] for i in range(5))
-        return
+def printable(name):
+    """A file's name, whatever bytes it has, as text that can be drawn on one line."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
+def load_classifier(path, one):
+    """-> a classifier that linear_eval.py trained on this encoder, and the names of its classes."""
+    saved = load_checkpoint(path)
+    if not isinstance(saved, dict) or not one.sha256 or saved.get("sha256") != one.sha256:
+        raise InputError(f"{path}: not a classifier that linear_eval.py trained on this {one.path}")
+    classes = saved["classes"]
+    head = nn.Sequential(nn.Linear(one.encoder.dim5, len(classes)))
+    if saved["head"] == "linear-bn":
+        head.append(nn.BatchNorm1d(len(classes)))
+    check_state(path, saved["state"], head.state_dict())
+    head.load_state_dict(saved["state"])
+    return head, classes
+
+
+def load_model(path):
+    """-> the whole CARE in a last.pth, and its images' size in pixels. InputError for BYOL."""
+    saved = {} if path == "random" else load_checkpoint(path)
+    settings = saved.get("model_args", {"method": "byol"})
+    if settings["method"] == "byol":
+        raise InputError(f"--t-stream: {path} has no transformer; give a last.pth that has one")
+    model = CARE(**settings)
+    check_state(path, saved["model"], model.state_dict())
+    model.load_state_dict(saved["model"])
+    return model, settings["image_size"]
+
+
+def find_images(args, source):
+    """Title and RGB image, one after the other, of the first --limit; source: a rendered set."""
+    files = []
     for path in args.images:
-        samples = open_images(path, "pretrain").samples if Path(path).is_dir() else [(path, -1)]
-        yield from (read_image(file) for file, _ in samples)
+        if source is None and Path(path).is_dir():
+            photos = ImageFiles(path)
+            files += [photos.path(index) for index in range(len(photos))]
+        else:
+            files.append(path)
+    found = files if source is None else range(len(source))
+    if len(found) > args.limit:
+        print(f"note: drawn are the first {args.limit} of {len(found):,} images (--limit)",
+              file=sys.stderr)
+    for item in found[:args.limit]:
+        if source is None:
+            yield printable(Path(item).stem), read_image(item, upright=True)
+        else:
+            image, label, _, _ = source.render(item)
+            yield source.classes[label], Image.fromarray(image)
 
 
 def read_log(run):
-    """The logged steps of a run directory or log.jsonl, dicts; ValueError if there are none."""
+    """The curves in a run directory or log.jsonl: (step, value) by key. InputError if none."""
     path = Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run)
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        steps = [line for line in lines if isinstance(line.get("loss"), float) and "step" in line]
-    except ValueError as error:
-        raise InputError(f"{path}: not a log of train.py ({error})") from None
-    if not steps:
+        lines = [line for line in read_lines(path) if isinstance(line, dict) and "step" in line]
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a log of train.py") from None
+    curves = {name: [] for name in CURVES}
+    for line in lines:
+        for name in CURVES:
+            value = line.get(name)
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                curves[name].append((line["step"], value))
+    if not any(curves.values()):
         raise InputError(f"{path}: no logged steps of train.py in it")
-    return steps
+    return curves
 
 
-# -------------------------------------------------------------------------------------------- maps
+# ------------------------------------------------------------------------------------------- maps
 def to_input(image, size, device):
-    """A PIL image squeezed to `size`, an int or (height, width) -> normalised (1, 3, height, width)."""
+    """A PIL image squeezed to `size`, an int or (height, width) -> (1, 3, height, width)."""
     height, width = (size, size) if isinstance(size, int) else size
-    return normalize(TF.pil_to_tensor(image.resize((width, height), Image.BILINEAR))[None].to(device))
+    pixels = TF.pil_to_tensor(image.resize((width, height), Image.BILINEAR))
+    return imagenet_normalize(pixels[None].to(device))  # (1, 3, height, width)
 
 
 def gradcam(encoder, x, layer, head=None, label=None):
-    """Images (B, 3, height, width) -> maps (B, H, W), 0 or more, and the classes explained, (B,) or None.
+    """Images (B, 3, height, width) -> maps (B, H, W), 0 or more, and the classes explained, (B,).
 
-    Without `head`: of the similarity to the mirrored image; else of class `label`, None: the predicted one.
+    Without `head`: of the similarity to the mirrored image, and the classes are None; else of class
+    `label`, None: the predicted one.
     """
-    at, classes = ("conv4", "conv5").index(layer), None
-    A = encoder(x)[at].detach().requires_grad_()
+    at = ("conv4", "conv5").index(layer)
+    A = encoder(x)[at].detach().requires_grad_()  # (B, C, H, W)
     z = pool(A)  # (B, C)
     if head is None:
+        classes = None
         mirrored = F.normalize(pool(encoder(x.flip(3))[at]), dim=1).detach()  # z' (B, C)
         score = (z * mirrored).sum(1) / z.detach().norm(dim=1).clamp_min(1e-12)  # (B,)
     else:
         scores = head(z if layer == "conv5" else pool(encoder.layer4(A)))  # (B, classes)
-        classes = scores.argmax(1) if label is None else torch.full_like(scores.argmax(1), label)
+        classes = scores.argmax(1)
+        if label is not None:
+            classes = torch.full_like(classes, label)
         score = scores.gather(1, classes[:, None])  # (B, 1)
-    weights = torch.autograd.grad(score.sum(), A)[0].sum((2, 3), keepdim=True)  # (B, C, 1, 1)
+    gradient, = torch.autograd.grad(score.sum(), A)  # (B, C, H, W)
+    weights = gradient.sum((2, 3), keepdim=True)  # (B, C, 1, 1)
     return F.relu((weights * A.detach()).sum(1)), classes  # (B, H, W), (B,)
 
 
 def attention_maps(model, x, query):
-    """Attention of the position `query` (y, x, 0 to 1) in each block: list of (B, H, W), each with mean 1."""
+    """Attention of the position `query` (y, x, 0 to 1) in each block: list of (B, H, W), mean 1."""
     maps = []
 
     def keep(module, inputs):
         q, k, _ = module.qkv(inputs[0])
         H, W = inputs[0].shape[2:]
-        token = min(int(query[0] * H), H - 1) * W + min(int(query[1] * W), W - 1)
-        maps.append(module.attention(q, k).mean(1)[:, token].unflatten(1, (H, W)) * (H * W))
+        row = min(int(query[0] * H), H - 1)
+        column = min(int(query[1] * W), W - 1)
+        attention = module.attention(q, k).mean(1)  # (B, N, N)
+        heat = attention[:, row * W + column] * (H * W)  # (B, N)
+        maps.append(heat.unflatten(1, (H, W)))  # (B, H, W)
 
-    hooks = [block.attention.register_forward_pre_hook(keep) for block in model.online.transformer]
+    hooks = []
+    for block in model.online.transformer:
+        hooks.append(block.attention.register_forward_pre_hook(keep))
     model.online(x)
     for hook in hooks:
         hook.remove()
@@ -193,119 +267,232 @@ def attention_maps(model, x, query):
 def measure(heat, mask):
     """A map (H, W) against an object's mask (H, W), bool -> pointing, energy, area, each 0 to 1.
 
-    pointing: the maximum is inside (of several equal ones, the share that is); energy: share of the map's sum
-    inside; area: the object's share of the image, the chance level. A map of zeros counts as uniform.
+    pointing: the maximum is inside (of several equal ones, the share that is); energy: share of the
+    map's sum inside; area: the object's share of the image, the chance level. A map of zeros counts
+    as uniform.
     """
-    heat = heat if heat.any() else np.ones_like(heat)
-    return mask[heat == heat.max()].mean(), heat[mask].sum() / heat.sum(), mask.mean()
+    if not heat.any():
+        heat = np.ones_like(heat)
+    pointing = mask[heat == heat.max()].mean()
+    energy = heat[mask].sum() / heat.sum()
+    return np.array([pointing, energy, mask.mean()])
 
 
-def score(args, encoders):
-    """`measure` in percent, averaged over the first --samples validation shapes: one dict per encoder."""
-    source, sums = open_images("shapes", "val", size=args.image_size), np.zeros((len(encoders), 3))
-    for i in tqdm(range(args.samples), desc="scores", leave=False, disable=None):
-        image, _, _, mask = source.render(i)
+def score(args, source, encoders):
+    """`measure` in percent, mean of a rendered set's first --samples images: a dict per encoder."""
+    sums = [np.zeros(3) for _ in encoders]
+    for index in tqdm(range(args.samples), desc="scores", leave=False, disable=None):
+        image, _, _, mask = source.render(index)
         x = to_input(Image.fromarray(image), args.image_size, args.device)
-        for row, one in zip(sums, encoders):
-            heat, _ = gradcam(one.encoder, x, args.layer, one.head, args.label)
+        for number, one in enumerate(encoders):
+            heat, _ = gradcam(one.encoder, x, args.layer, one.head, args.label)  # (1, H, W)
             heat = F.interpolate(heat[None], mask.shape, mode="bilinear")[0, 0]  # (height, width)
-            row += measure(heat.double().cpu().numpy(), mask)
-    return [{"encoder": one.path, "sha256": one.sha256, "arch": one.encoder.arch, "data": "shapes",
-             **{name: getattr(args, name) for name in ("image_size", "layer", "target", "samples")},
-             **dict(zip(("pointing", "energy", "area"), (100 * row / args.samples).tolist()))}
-            for one, row in zip(encoders, sums)]
+            sums[number] += measure(heat.double().cpu().numpy(), mask)
+    settings = ("image_size", "layer", "target", "label", "samples", "seed")
+    protocol = {"data": args.rendered, "precision": "fp32"}
+    protocol |= {name: getattr(args, name) for name in settings}
+    results = []
+    for one, total in zip(encoders, sums):
+        pointing, energy, area = (100 * total / args.samples).tolist()
+        results.append({"encoder": one.path, "sha256": one.sha256, "arch": one.encoder.arch,
+                        "stem": one.encoder.stem, **protocol,
+                        "pointing": pointing, "energy": energy, "area": area})
+    return results
 
 
-# ----------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------ drawing: attention
 def overlay(image, heat, top):
-    """A map (H, W), bilinearly over all of an RGB image, in colours from 0 to `top` -> RGB image."""
-    heat = F.interpolate(heat[None, None], image.size[::-1], mode="bilinear")[0, 0].cpu()  # (height, width)
-    level = (255 * heat / max(top, 1e-12)).round().clamp(0, 255).long()
-    return Image.blend(image.convert("L").convert("RGB"), Image.fromarray(COLOURS[level.numpy()]), 0.6)
+    """A map (H, W), bilinearly over all of an RGB image, coloured from 0 to `top` -> RGB image."""
+    heat = F.interpolate(heat[None, None], image.size[::-1], mode="bilinear")[0, 0].cpu()
+    level = (255 * heat / max(top, 1e-12)).round().clamp(0, 255).long()  # (height, width)
+    gray = image.convert("L").convert("RGB")
+    return Image.blend(gray, Image.fromarray(COLOURS[level.numpy()]), 0.6)
 
 
-def draw_row(image, groups, query=None):
-    """An image, then groups of (title, map (H, W)); a group's maps share one scale, whose bar ends it."""
-    size = [max(1, round(CELL * side / max(image.size))) for side in image.size]
-    image, panels = image.resize(size, Image.BICUBIC), 1 + sum(map(len, groups))
-    width, height = GAP + panels * (CELL + GAP) + len(groups) * BAR, TOP + max(size[1], 40) + GAP
-    row = Image.new("RGB", (width, height), "white")
-    draw, font, x = ImageDraw.Draw(row), ImageFont.load_default(size=14), CELL + 2 * GAP
-    row.paste(image, (GAP, TOP))
-    draw.text((GAP, 2), "image", "black", font)
+def wrap(text, font, width):
+    """Text as lines of at most `width` pixels."""
+    lines, letters = [text], len(text)
+    while max(map(font.getlength, lines), default=0) > width:
+        letters -= 1
+        lines = textwrap.wrap(text, letters)
+    return lines
+
+
+def titled(title, picture):
+    """A picture below its title, as wide as a cell and the gap after it."""
+    font = ImageFont.load_default(size=14)
+    lines = wrap(title, font, CELL)
+    top = LINE * len(lines) + 8
+    panel = Image.new("RGB", (CELL + GAP, top + max(picture.height, 40) + GAP), "white")
+    ImageDraw.Draw(panel).text((0, 3), "\n".join(lines), "black", font, spacing=3)
+    panel.paste(picture, (0, top))
+    return panel
+
+
+def colour_bar(highest, height):
+    """The colours from `highest`, on top, to 0, with these two numbers beside."""
+    font = ImageFont.load_default(size=14)
+    bar = Image.new("RGB", (BAR, height + GAP), "white")
+    bar.paste(Image.fromarray(COLOURS[::-1, None]).resize((12, height)), (0, 0))
+    draw = ImageDraw.Draw(bar)
+    draw.text((16, 0), f"{highest:.3g}", "black", font)
+    draw.text((16, height), "0", "black", font, anchor="ls")
+    return bar
+
+
+def draw_row(title, image, groups, query=None):
+    """An image, `query` (y, x) marked in it, then groups of (title, map (H, W)) with a bar each."""
+    scale = CELL / max(image.size)
+    width, height = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    image = image.resize((width, height), Image.BICUBIC)
+    marked = image.copy()
     if query:
-        draw.circle((GAP + query[1] * (size[0] - 1), TOP + query[0] * (size[1] - 1)), 5, "red", "white", 2)
+        centre = (query[1] * (width - 1), query[0] * (height - 1))
+        ImageDraw.Draw(marked).circle(centre, 5, fill="red", outline="white", width=2)
+    panels = [titled(title, marked)]
     for group in groups:
-        top = max(float(heat.max()) for _, heat in group)
-        for title, heat in group:
-            row.paste(overlay(image, heat, top), (x, TOP))
-            draw.text((x, 2), title[:22], "black", font)
-            x += CELL + GAP
-        row.paste(Image.fromarray(COLOURS[::-1, None]).resize((12, height - TOP - GAP)), (x, TOP))
-        draw.text((x + 16, TOP), f"{top:.3g}", "black", font)
-        draw.text((x + 16, height - GAP), "0", "black", font, anchor="ls")
-        x += BAR
+        highest = max(float(heat.max()) for _, heat in group)
+        for map_title, heat in group:
+            panels.append(titled(map_title, overlay(image, heat, highest)))
+        panels.append(colour_bar(highest, max(height, 40)))
+
+    bottom, x = max(panel.height for panel in panels), GAP
+    row = Image.new("RGB", (GAP + sum(panel.width for panel in panels), bottom), "white")
+    for panel in panels:
+        row.paste(panel, (x, bottom - panel.height))
+        x += panel.width
     return row
 
 
-def draw_attention(args, encoders):
-    """A row per image: the image, each encoder's Grad-CAM, and with --t-stream each block's attention."""
+def draw_attention(args, source, encoders):
+    """A row per image: itself, each encoder's Grad-CAM, with --t-stream each block's attention."""
     rows = []
-    for image in find_images(args):
-        x, maps, attention = to_input(image, args.image_size, args.device), [], []
+    for title, image in find_images(args, source):
+        x = to_input(image, args.image_size, args.device)
+        maps, blocks = [], []
         for one in encoders:
             heat, label = gradcam(one.encoder, x, args.layer, one.head, args.label)
-            maps.append((one.title if label is None else f"{one.title}: {one.classes[label]}", heat[0]))
+            map_title = one.title if label is None else f"{one.title}: {one.classes[label]}"
+            maps.append((map_title, heat[0]))
             if one.model:
-                blocks = attention_maps(one.model, to_input(image, one.model_size, args.device), args.query)
-                attention += [(f"{one.title}: block {n}", heat[0]) for n, heat in enumerate(blocks, 1)]
-        rows.append(draw_row(image, [maps, attention] if attention else [maps], attention and args.query))
+                own_x = to_input(image, one.model_size, args.device)
+                for number, heat in enumerate(attention_maps(one.model, own_x, args.query), 1):
+                    blocks.append((f"{one.title}: block {number}", heat[0]))
+        groups = [maps, blocks] if blocks else [maps]
+        rows.append(draw_row(title, image, groups, args.query if blocks else None))
     return Image.fromarray(np.concatenate([np.asarray(row) for row in rows]))
 
 
+# --------------------------------------------------------------------------------- drawing: curves
+def ticks(low, high, most):
+    """Numbers 1, 2 or 5 times a power of ten apart over low to high, with `most` gaps or fewer."""
+    if high <= low:
+        high = low + (abs(low) / 10 or 1.0)
+    least = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(least))
+    distance = min(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
+    first, last = math.floor(low / distance + 1e-9), math.ceil(high / distance - 1e-9)
+    return [number * distance for number in range(first, last + 1)]
+
+
+def running_mean(values):
+    """Each value's mean with its neighbours, 5 % of all to either side; fewer at the ends."""
+    reach = len(values) // 20
+    means = []
+    for i in range(len(values)):
+        before = min(reach, i)  # as many as after it: the steep start of a curve stays in place
+        means.append(float(np.mean(values[i - before:i + before + 1])))
+    return means
+
+
+def draw_panel(draw, corner, name, curves, last_step):
+    """Axes and the runs' curves of one key, in the panel whose upper left corner is (x, y)."""
+    font = ImageFont.load_default(size=26)
+    values = [value for curve in curves for _, value in curve]
+    if name.startswith(("std", "lr")):
+        values.append(0.0)  # the axis begins at 0
+    levels = ticks(min(values), max(values), 4)
+    left, right = corner[0] + LEFT, corner[0] + PANEL - RIGHT
+    top, bottom = corner[1] + ABOVE, corner[1] + PANEL_HEIGHT - BELOW
+
+    def place(step, value):
+        x = left + step / last_step * (right - left)
+        return x, bottom - (value - levels[0]) / (levels[-1] - levels[0]) * (bottom - top)
+
+    draw.text((left, top - 16), CURVES[name], "black", font, anchor="ls")
+    for level in levels:
+        _, y = place(0, level)
+        draw.line((left, y, right, y), "lightgray", 2)
+        draw.text((left - 12, y), f"{level:,.6g}", "black", font, anchor="rm")
+    for step in ticks(0, max(last_step, 8), 8):  # whole, since at most 8 in 8 steps or more
+        x, _ = place(step, levels[0])
+        if step <= last_step:
+            text = f"{step:,.0f}" if step else "step 0"
+            draw.line((x, bottom, x, bottom + 8), "black", 2)
+            draw.text((x, bottom + 12), text, "black", font, anchor="ma")
+    draw.line((left, top, left, bottom, right, bottom), "black", 2)
+
+    lines = []
+    for number, curve in enumerate(curves):
+        colour = RUN_COLOURS[number % len(RUN_COLOURS)]
+        points = [place(step, value) for step, value in curve]
+        if name.startswith(("loss", "std")) and len(curve) >= 20:
+            faint = tuple(255 - (255 - channel) * 3 // 10 for channel in colour)
+            draw.line(points, faint, 2)
+            means = running_mean([y for _, y in points])
+            points = [(x, mean) for (x, _), mean in zip(points, means)]
+        lines.append((colour, points))
+    for colour, points in lines:  # over every run's faint line
+        draw.line(points, colour, 4, joint="curve")
+        if len(points) < 20:
+            for point in points:
+                draw.circle(point, 6, colour)
+
+
 def draw_curves(runs):
-    """A legend, then a panel of 720 x 180 pixels for each of CURVES that any of these runs logged."""
+    """A legend, then a panel for each of CURVES that any of these runs logged, two in a row."""
     logs = [read_log(run) for run in runs]
-    names = [name for name in CURVES if any(name in log[0] for log in logs)]
-    last, top = max(log[-1]["step"] for log in logs), 18 * len(runs) + 4
-    figure, font = Image.new("RGB", (720, top + 180 * len(names)), "white"), ImageFont.load_default(size=13)
+    names = [name for name in CURVES if any(log[name] for log in logs)]
+    ends = [log[name][-1][0] for log in logs for name in names if log[name]]
+    panels_top = LEGEND * len(runs) + 24
+    height = panels_top + math.ceil(len(names) / 2) * PANEL_HEIGHT
+    figure = Image.new("RGB", (2 * PANEL, height), "white")
     draw = ImageDraw.Draw(figure)
-    for i, (run, colour) in enumerate(zip(runs, cycle(RUN_COLOURS))):
-        draw.rectangle((80, 18 * i + 9, 104, 18 * i + 13), colour)
-        draw.text((112, 18 * i + 3), run, "black", font)
-    for name, axis in zip(names, range(top + 150, figure.height, 180)):
-        curves = [[(line["step"], line[name]) for line in log if math.isfinite(line.get(name, math.nan))]
-                  for log in logs]
-        values = [value for curve in curves for _, value in curve] + [0.0] * name.startswith(("std", "lr"))
-        low, high = min(values), max(values)
-        scale = 120 / max(high - low, 1e-12)
-        place = lambda step, value: (80 + step / last * 620, axis - (value - low) * scale)
-        for step, value in zip(np.linspace(0, last, 5), np.linspace(low, high, 5)):
-            x, y = place(step, value)
-            draw.line((80, y, 700, y), "lightgray")
-            draw.text((74, y), f"{value:.3g}", "black", font, anchor="rm")
-            draw.text((x, axis + 4), f"{step:g}" if step else "step 0", "black", font, anchor="ma")
-        draw.line((80, axis - 120, 80, axis, 700, axis), "black")
-        draw.text((80, axis - 144), name, "black", font)
-        for colour, curve in zip(cycle(RUN_COLOURS), curves):
-            for point in curve[:1] + curve[-1:]:
-                draw.circle(place(*point), 2, colour)
-            draw.line([place(*point) for point in curve], colour, 2)
-    return figure
+    font = ImageFont.load_default(size=28)
+    for number, run in enumerate(runs):
+        y = 16 + LEGEND * number + LEGEND // 2
+        colour = RUN_COLOURS[number % len(RUN_COLOURS)]
+        draw.rectangle((LEFT, y - 4, LEFT + 48, y + 3), colour)
+        draw.text((LEFT + 64, y), printable(run), "black", font, anchor="lm")
+    for number, name in enumerate(names):
+        row, column = divmod(number, 2)
+        corner = column * PANEL, panels_top + row * PANEL_HEIGHT
+        draw_panel(draw, corner, name, [log[name] for log in logs], max(1, *ends))
+    return figure.reduce(2)
 
 
+# ------------------------------------------------------------------------------------------- main
 def main(argv=None):
     args = parse_args(argv)
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source, encoders = None, []
     with user_errors():
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        encoders = [load(args, *pair) for pair in zip(args.pretrained or (), args.classifier or repeat(None))]
-        figure = draw_curves(args.curves) if args.curves else draw_attention(args, encoders)
-        write_whole(args.out, lambda file: figure.save(file, "PNG", optimize=True))
+        if args.curves:
+            figure = draw_curves(args.curves)
+        else:
+            if args.rendered:
+                source = open_images(args.rendered, "val", size=args.image_size)
+                if args.samples > len(source):
+                    raise InputError(f"--samples {args.samples}: there are {len(source)} images")
+            for path, classifier in zip_longest(args.pretrained, args.classifier):
+                encoders.append(load(args, path, classifier))
+            figure = draw_attention(args, source, encoders)
+        write_whole(args.out, as_bytes(partial(figure.save, format="PNG", optimize=True)))
         print(f"{args.out}: {figure.width} x {figure.height} pixels")
-        if args.images == ["shapes"] and args.samples and not args.curves:
-            text = "".join(json.dumps(row) + "\n" for row in score(args, encoders))
-            write_whole(args.out.with_suffix(".jsonl"), lambda file: file.write(text.encode()))
+        if source is not None and args.samples:
+            text = "".join(json.dumps(result) + "\n" for result in score(args, source, encoders))
+            write_whole(args.out.with_suffix(".jsonl"), text.encode())
             print(text, end="")
 
 
