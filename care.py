@@ -3,26 +3,28 @@
 "Revitalizing CNN Attention via Transformers in Self-Supervised Visual Representation Learning",
 Ge, Liang, Song, Jiao, Wang and Luo, NeurIPS 2021, https://arxiv.org/abs/2110.05340
 
-             online branch (gradients)                     momentum branch (moving average)
-  C-stream   x1 -> encoder -> projector_c -> predictor_c -> f1 <-L_c-> f2 <- projector_c <- encoder <- x2
-                      |                                      ^          ^                      |
-                    conv4                                  L_att      L_att                  conv4
-                      v                                      v          v                      v
-  T-stream        transformer -> projector_t -> predictor_t -> f3 <-L_t-> f4 <- projector_t <- transformer
+                 online branch (gradients)               momentum branch (moving average)
+  C  x1 -> encoder -> projector_c -> predictor_c -> f1 <-L_c-> f2 <- projector_c <- encoder <- x2
+              |                                     ^          ^                       |
+            conv4                                 L_att      L_att                   conv4
+              v                                     v          v                       v
+  T    transformer -> projector_t -> predictor_t -> f3 <-L_t-> f4 <- projector_t <- transformer
 
-  equation  what                                        here                    symbol  name
-  (1), (3)  L_c, L_t: 2 - 2 cos                         similarity_loss         f1, f3  online outputs
-  (2)       softmax((q.k + q.p) / sqrt(d)) v            MultiHeadSelfAttention  f2, f4  momentum outputs
-  (4)       L_att: C-stream towards T-stream            attention_loss          lambda  lambda_att
-  (5)       L_c + L_t + lambda L_att                    CARE.forward            tau     tau, from tau_at
-  Sec. 4.1  1 - (1 - tau_base) (cos(pi t / T) + 1) / 2  tau_at                  n       blocks
+  C: C-stream, of the CNN. T: T-stream, of the transformer, which L_att makes the C-stream follow.
 
-  model = CARE(arch="resnet50")                             # x1, x2: two views, (B, 3, 224, 224), normalised
-  for x, y in ((x1, x2), (x2, x1)):                         # the step's loss is the sum over both view orders
-      model(x, y)["loss"].backward()                        # one order at a time: half the activations alive
+  equation  what                                       function                symbol  name
+  (1), (3)  L_c, L_t: 2 - 2 cos                        similarity_loss         f1, f3  online
+  (2)       softmax((q.k^T + q.p^T) / sqrt(d)).v       MultiHeadSelfAttention  f2, f4  momentum
+  (4)       L_att: mse of C-stream and T-stream        attention_loss          lambda  lambda_att
+  (5)       L_c + L_t + lambda L_att                   CARE.forward            n       blocks
+  Sec. 4.1  1 - (1 - tau_base)(cos(pi t / T) + 1) / 2  tau_at                  t       step
+
+  model = CARE("resnet50")                         # x1, x2: two views, (B, 3, 224, 224), normalised
+  for x, y in ((x1, x2), (x2, x1)):                # a step's loss is the sum over both view orders
+      model(x, y)["loss"].backward()               # one after the other: half the activations alive
   optimizer.step()
   model.update_momentum(tau_at(step + 1, total_steps))
-  save_encoder(model.online.encoder, "encoder.pth")         # what is kept after pretraining
+  save_encoder(model.online.encoder, "encoder.pth")  # what is kept after pretraining
 
 Shapes: B batch, C channels, H W feature grid, N = H*W tokens, h heads, d head width.
 """
@@ -35,35 +37,48 @@ from torch import nn
 from torchvision import models
 
 ARCHS = {  # the paper's encoders (Tables 1-3), and two small ones
-    "resnet18": models.resnet18, "resnet34": models.resnet34, "resnet50": models.resnet50,
-    "resnet50w2": models.wide_resnet50_2,  # the paper's ResNet-50(2x): 68.9M parameters, 11.4 GFLOPs
-    "resnet101": models.resnet101, "resnet152": models.resnet152,
+    "resnet18": models.resnet18,
+    "resnet34": models.resnet34,
+    "resnet50": models.resnet50,
+    "resnet50w2": models.wide_resnet50_2,  # the paper's ResNet-50(2x): 68.9M parameters
+    "resnet101": models.resnet101,
+    "resnet152": models.resnet152,
 }
+STEMS = ("imagenet", "cifar")
 METHODS = ("care", "sequential", "byol")
 POSITIONS = ("none", "sincos", "absolute", "relative")
 TAPS = ("conv4", "conv5")
 
 
 class InputError(ValueError):
-    """A mistake of the user's, in one line: what is wrong and what to do. Raised by deliberate checks only."""
+    """A user's mistake in one line: what is wrong, what to do. Raised by deliberate checks only."""
 
 
-# ---------------------------------------------------------------------------------------------- encoder
+def check_choice(name, value, choices):
+    """InputError unless `value` is one of `choices`."""
+    if value not in tuple(choices):
+        raise InputError(f"{name} {value!r} is none of {', '.join(choices)}")
+
+
+# ---------------------------------------------------------------------------------------- encoder
 class Encoder(nn.Module):
     """A torchvision ResNet without its classifier; the state dict has torchvision's own keys.
 
-    `stem="cifar"` replaces the 7x7 stride-2 convolution and the max-pooling by one 3x3 stride-1 convolution.
-    Attributes: arch, stem, dim4 and dim5 (widths of conv4 and conv5), stride (of conv5).
+    `stem="cifar"` replaces the 7x7 stride-2 convolution and the max-pooling by one 3x3 stride-1
+    convolution. Attributes: arch, stem, dim4 and dim5 (widths of conv4, conv5), stride (of conv5).
+    InputError for an unknown arch or stem.
     """
 
     def __init__(self, arch="resnet50", stem="imagenet"):
         super().__init__()
-        for what, value, choices in (("arch", arch, ARCHS), ("stem", stem, ("imagenet", "cifar"))):
-            if value not in choices:
-                raise InputError(f"{what} {value!r} is none of {', '.join(choices)}")
-        net = ARCHS[arch](weights=None)  # Kaiming-normal (fan out) convolutions, every batch-norm weight 1
-        self.arch, self.stem, self.stride = arch, stem, 32 if stem == "imagenet" else 8
-        self.dim4, self.dim5 = net.layer4[0].conv1.in_channels, net.fc.in_features
+        check_choice("arch", arch, ARCHS)
+        check_choice("stem", stem, STEMS)
+        net = ARCHS[arch](weights=None)  # Kaiming-normal (fan out), every batch-norm weight 1
+        self.arch = arch
+        self.stem = stem
+        self.dim4 = net.layer4[0].conv1.in_channels
+        self.dim5 = net.fc.in_features
+        self.stride = 32 if stem == "imagenet" else 8
         if stem == "cifar":
             net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -73,103 +88,180 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         """Images (B, 3, height, width) -> conv4 (B, dim4, H, W), conv5 (B, dim5, H/2, W/2)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, 64, 4H, 4W)
         conv4 = self.layer3(self.layer2(self.layer1(x)))
-        return conv4, self.layer4(conv4)
+        conv5 = self.layer4(conv4)
+        return conv4, conv5  # (B, dim4, H, W), (B, dim5, H/2, W/2)
 
 
 def pool(feature_map):
     """Global average: (B, C, H, W) -> (B, C)."""
-    return feature_map.mean((2, 3))
+    return feature_map.mean((2, 3))  # (B, C)
 
 
-# ------------------------------------------------------------------------------------------ transformer
+def to_maps(output):
+    """What an encoder returned (a map, or a tuple, list or dict of maps) -> list, conv5 last."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if isinstance(output, dict):
+        return list(output.values())
+    return list(output)
+
+
+def map_shapes(encoder, height, width):
+    """Shapes (C, H, W) of the maps of images of that many pixels: of conv5, or of conv4 and conv5.
+
+    Read off a forward pass on zeros by a copy in eval mode, so that the encoder stays as it is.
+    InputError when the encoder gives anything but one or two maps.
+    """
+    convolutions = [module for module in encoder.modules() if isinstance(module, nn.Conv2d)]
+    if not convolutions:
+        raise InputError("the encoder has no Conv2d to tell how many channels its images have")
+    first = convolutions[0]
+    zeros = first.weight.new_zeros(2, first.in_channels, height, width)
+    devices = [zeros.device] if zeros.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        maps = to_maps(copy.deepcopy(encoder).eval()(zeros))
+    shapes = [tuple(getattr(feature_map, "shape", ())) for feature_map in maps]
+    if len(shapes) not in (1, 2):
+        raise InputError(f"the encoder gives {len(shapes)} maps, of shapes {shapes}: "
+                         "return conv4 and conv5, or conv5 alone")
+    if any(len(shape) != 4 for shape in shapes):
+        raise InputError(f"the encoder gives shapes {shapes}: a map has four dimensions")
+    (_, _, h4, w4), (_, _, h5, w5) = shapes[0], shapes[-1]
+    if h4 < h5 or w4 < w5:
+        raise InputError(f"the encoder gives shapes {shapes}: return conv4 before conv5")
+    return [shape[1:] for shape in shapes]
+
+
+# ------------------------------------------------------------------------------------ transformer
 class PositionEncoding(nn.Module):
-    """The position logits q.p^T of Eq. (2); one table for all heads. ValueError for an unknown kind.
+    """The position logits q.p^T of Eq. (2), one table for all heads. InputError for another kind.
 
-    kind (Table 8): `none`; `sincos` (fixed: half the channels encode y, half x); `absolute` (learnable,
-    height[y] + width[x]); `relative` (learnable, a vector per row and column offset). Learnable: N(0, 1/d).
+    kind (Table 8): `none`; `sincos` (fixed: half the channels encode y, half x); `absolute`
+    (learnable, height[y] + width[x]); `relative` (learnable, a vector per row and column offset).
+    Learnable tables start as N(0, 1/d). size: the grid (H, W). dim: d, a multiple of 4.
     """
 
     def __init__(self, kind, size, dim):
         super().__init__()
-        if kind not in POSITIONS:
-            raise InputError(f"position {kind!r} is none of {', '.join(POSITIONS)}")
-        self.kind, self.size = kind, size
-        for name, length, padding in (("height", size[0], (0, dim // 2)), ("width", size[1], (dim // 2, 0))):
-            if kind == "sincos":
-                frequency = 10000.0 ** (-torch.arange(0, dim // 2, 2) / (dim // 2))  # (d/4,)
-                angle = torch.arange(length)[:, None] * frequency  # (length, d/4)
-                table = F.pad(torch.cat((angle.sin(), angle.cos()), 1), padding)
-                self.register_buffer(name, table, persistent=False)  # (length, d)
-            elif kind == "absolute":
-                setattr(self, name, nn.Parameter(torch.randn(length, dim) * dim ** -0.5))
-            elif kind == "relative":
-                setattr(self, f"rel_{name}", nn.Parameter(torch.randn(2 * length - 1, dim) * dim ** -0.5))
-
-    def absolute(self):
-        """p as a table (N, d) for `sincos` and `absolute`."""
-        return (self.height[:, None] + self.width).flatten(0, 1)  # (H, W, d) -> (N, d)
+        check_choice("position", kind, POSITIONS)
+        self.kind = kind
+        self.size = size
+        H, W = size
+        if kind == "sincos":
+            half = dim // 2
+            height = F.pad(sincos_table(H, half), (0, half))  # (H, d), zero in the half of x
+            width = F.pad(sincos_table(W, half), (half, 0))  # (W, d), zero in the half of y
+            self.register_buffer("height", height, persistent=False)
+            self.register_buffer("width", width, persistent=False)
+        elif kind == "absolute":
+            self.height = nn.Parameter(torch.randn(H, dim) * dim ** -0.5)
+            self.width = nn.Parameter(torch.randn(W, dim) * dim ** -0.5)
+        elif kind == "relative":
+            self.rel_height = nn.Parameter(torch.randn(2 * H - 1, dim) * dim ** -0.5)
+            self.rel_width = nn.Parameter(torch.randn(2 * W - 1, dim) * dim ** -0.5)
 
     def forward(self, q):
-        """Queries (B, h, N, d) -> q.p^T (B, h, N, N), zero for `none`."""
+        """Queries (B, h, N, d) -> q.p^T (B, h, N, N)."""
         if self.kind == "none":
-            return q.new_zeros(())
-        if self.kind != "relative":
-            return q @ self.absolute().T  # (B, h, N, N)
-        # Window y of the flipped view is table[H-1-y : 2H-1-y], so [y, :, y'] is the vector of offset y' - y.
-        # Unlike indexing, unfold has a deterministic backward, which exact resuming needs.
+            return q.new_zeros(*q.shape[:3], q.shape[2])  # (B, h, N, N)
+        if self.kind == "relative":
+            return self.relative_logits(q)  # (B, h, N, N)
+        return q @ self.key_table().T  # (B, h, N, N)
+
+    def key_table(self):
+        """`sincos` and `absolute`, where p depends on the key's place alone: p, (N, d)."""
+        table = self.height[:, None] + self.width[None, :]  # (H, W, d)
+        return table.flatten(0, 1)  # (N, d)
+
+    def relative_logits(self, q):
+        """`relative`: q.(rel_height[y' - y + H - 1] + rel_width[x' - x + W - 1]), key (y', x')."""
         H, W = self.size
-        height = self.rel_height.unfold(0, H, 1).flip(0)  # (H, d, H)
-        width = self.rel_width.unfold(0, W, 1).flip(0)  # (W, d, W)
+        # unfold slides a window of H rows along the table: window i is rows i to i + H - 1. Query
+        # row y needs rows H - 1 - y to 2H - 2 - y: window H - 1 - y, hence the flip. A stack of
+        # slices says the same and is 2 to 7 % slower. The gradients of an index are added up in
+        # no fixed order, and a resumed run has to be exact.
+        height = self.rel_height.unfold(0, H, 1).flip(0)  # (H, d, H): of y, channel, y'
+        width = self.rel_width.unfold(0, W, 1).flip(0)  # (W, d, W): of x, channel, x'
         q = q.unflatten(2, (H, W))  # (B, h, H, W, d)
-        rows = torch.einsum("bhyxd,ydz->bhyxz", q, height)  # (B, h, H, W, H)
-        columns = torch.einsum("bhyxd,xdz->bhyxz", q, width)  # (B, h, H, W, W)
-        return (rows[..., None] + columns[..., None, :]).flatten(4).flatten(2, 3)  # (B, h, N, N)
+        rows = torch.einsum("bhyxd,ydz->bhyxz", q, height)  # (B, h, H, W, H): z is y'
+        columns = torch.einsum("bhyxd,xdz->bhyxz", q, width)  # (B, h, H, W, W): z is x'
+        logits = rows.unsqueeze(5) + columns.unsqueeze(4)  # (B, h, H, W, H, W)
+        logits = logits.flatten(4, 5)  # (B, h, H, W, N)
+        return logits.flatten(2, 3)  # (B, h, N, N)
+
+
+def sincos_table(length, dim):
+    """Sines, then cosines of positions 0 to length - 1 at dim / 2 frequencies: (length, dim)."""
+    frequencies = 10000.0 ** (-torch.arange(0, dim, 2) / dim)  # (dim/2,)
+    angles = torch.arange(length)[:, None] * frequencies  # (length, dim/2)
+    return torch.cat((angles.sin(), angles.cos()), 1)  # (length, dim)
 
 
 class MultiHeadSelfAttention(nn.Module):
-    """softmax((q.k^T + q.p^T) / sqrt(d)).v over all positions of a feature map, Eq. (2) and Fig. 3, right."""
+    """softmax((q.k^T + q.p^T) / sqrt(d)).v over a feature map, Eq. (2) and Fig. 3, right.
+
+    size: the map's grid (H, W). InputError unless dim is a multiple of 4 x heads.
+    """
 
     def __init__(self, dim, heads, size, position):
         super().__init__()
         if dim % (4 * heads):
-            raise InputError(f"heads {heads}: {dim} attention channels do not split into multiples of 4")
+            raise InputError(f"heads {heads}: {dim} channels do not split into multiples of 4")
         self.heads = heads
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1, bias=False)  # w_q, w_k, w_v; each head-major
         self.position = PositionEncoding(position, size, dim // heads)
 
     def qkv(self, x):
         """(B, C, H, W) -> q, k, v, each (B, h, N, d)."""
-        qkv = self.to_qkv(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, 3C)
-        return qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, h, N, d)
+        tokens = self.to_qkv(x).flatten(2).transpose(1, 2)  # (B, N, 3C)
+        q, k, v = tokens.chunk(3, dim=2)  # (B, N, C) each
+        q = q.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, h, N, d)
+        k = k.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, h, N, d)
+        v = v.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, h, N, d)
+        return q, k, v
 
     def attention(self, q, k):
         """Queries and keys (B, h, N, d) -> attention weights (B, h, N, N); every row sums to 1."""
-        logits = q @ k.transpose(-2, -1) + self.position(q)  # (B, h, N, N)
-        return torch.softmax(logits / math.sqrt(q.shape[-1]), dim=-1)  # Eq. (2), the softmax
+        q = q / math.sqrt(q.shape[-1])  # before the products: smaller numbers in half precision
+        logits = q @ k.transpose(2, 3) + self.position(q)  # (B, h, N, N)
+        return logits.softmax(3)  # Eq. (2) but for v (B, h, N, N)
+
+    def plain(self, q, k, v):
+        """Eq. (2) as it is written: (B, h, N, d) each -> (B, h, N, d)."""
+        return self.attention(q, k) @ v  # Eq. (2) (B, h, N, d)
+
+    def fused(self, q, k, v):
+        """Faster form of `plain`, but for `relative`: q.k^T + q.p^T = q.(k + p)^T in one kernel.
+
+        test_fused_attention_is_the_plain_form holds them equal.
+        """
+        if self.position.kind != "none":
+            k = k + self.position.key_table()  # (B, h, N, d)
+        return F.scaled_dot_product_attention(q, k, v)  # Eq. (2) (B, h, N, d)
 
     def forward(self, x):
         """(B, C, H, W) -> (B, C, H, W)."""
         q, k, v = self.qkv(x)
-        if self.position.kind == "relative":
-            out = self.attention(q, k) @ v  # Eq. (2) (B, h, N, d)
-        else:  # absolute encodings need no second matmul: q.k^T + q.p^T = q.(k + p)^T
-            k = k if self.position.kind == "none" else k + self.position.absolute()
-            out = F.scaled_dot_product_attention(q, k, v)  # Eq. (2) (B, h, N, d)
+        attend = self.plain if self.position.kind == "relative" else self.fused
+        out = attend(q, k, v)  # (B, h, N, d)
         out = out.transpose(1, 2).flatten(2)  # (B, N, C)
-        return out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # (B, C, H, W)
+        return out.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
 
 
 class AttentionBlock(nn.Module):
-    """1x1 -> self-attention -> 1x1, added to the input, ReLU (Fig. 3, left); batch norms as in the release.
+    """1x1 -> self-attention -> 1x1, added to the input, ReLU (Fig. 3, left), with batch norms.
 
-    `downsample` halves the grid `size` after the attention; without it, dim_in and dim_out must be equal.
+    size: the grid (H, W) of the map it reads. The attention has dim_out / 4 channels, rounded up
+    to a multiple of 4 x heads. `downsample` halves the grid after the attention; without it, dim_in
+    and dim_out must be equal.
     """
 
     def __init__(self, dim_in, dim_out, heads, size, position, downsample):
         super().__init__()
-        dim = dim_out // 4
+        multiple = 4 * heads
+        dim = math.ceil(dim_out / 4 / multiple) * multiple
         self.mlp1 = nn.Conv2d(dim_in, dim, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(dim)
         self.attention = MultiHeadSelfAttention(dim, heads, size, position)
@@ -186,112 +278,166 @@ class AttentionBlock(nn.Module):
         """(B, dim_in, H, W) -> (B, dim_out, H, W), or (B, dim_out, H/2, W/2) when downsampling."""
         out = F.relu(self.norm1(self.mlp1(x)), inplace=True)
         out = F.relu(self.norm2(self.pool(self.attention(out))), inplace=True)
-        return F.relu(self.norm3(self.mlp2(out)) + self.shortcut(x), inplace=True)
+        out = self.norm3(self.mlp2(out)) + self.shortcut(x)
+        return F.relu(out, inplace=True)  # (B, dim_out, H, W) or (B, dim_out, H/2, W/2)
 
 
 class Transformer(nn.Sequential):
-    """n attention blocks (Sec. 3.2), width dim_in -> dim_out, grid `size`; `downsample`: from twice that."""
+    """n attention blocks (Sec. 3.2): (B, dim_in, H, W) -> (B, dim_out, H, W), or half that grid.
+
+    size: the grid (H, W) of the map that it reads; `downsample`: the first block halves it.
+    """
 
     def __init__(self, n, dim_in, dim_out, heads, size, position, downsample):
-        first_size = (2 * size[0], 2 * size[1]) if downsample else size
-        first = AttentionBlock(dim_in, dim_out, heads, first_size, position, downsample)
-        rest = (AttentionBlock(dim_out, dim_out, heads, size, position, False) for _ in range(n - 1))
-        super().__init__(first, *rest)
+        blocks = [AttentionBlock(dim_in, dim_out, heads, size, position, downsample=downsample)]
+        if downsample:
+            size = (size[0] // 2, size[1] // 2)
+        for _ in range(n - 1):
+            blocks.append(AttentionBlock(dim_out, dim_out, heads, size, position, downsample=False))
+        super().__init__(*blocks)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-# --------------------------------------------------------------------------------------------- branches
+# --------------------------------------------------------------------------------------- branches
 def mlp_head(dim_in, hidden_dim, dim_out):
     """Projector or predictor (Sec. 4.1, as BYOL's): (B, dim_in) -> (B, dim_out)."""
-    return nn.Sequential(nn.Linear(dim_in, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True),
-                         nn.Linear(hidden_dim, dim_out))
+    return nn.Sequential(
+        nn.Linear(dim_in, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True),
+        nn.Linear(hidden_dim, dim_out))
 
 
 class Branch(nn.Module):
-    """Encoder, transformer, projectors: what momentum copies; `byol`: no T-stream, `sequential`: only it."""
+    """Encoder, transformer, projectors: what momentum copies. byol: no T-stream, sequential: no C.
 
-    def __init__(self, arch, stem, size, method, blocks, heads, position, tap, detach_trunk,
+    shapes: of the encoder's maps, from map_shapes. InputError when conv4 is read and does not fit.
+    """
+
+    def __init__(self, encoder, shapes, method, blocks, heads, position, tap, detach_trunk,
                  hidden_dim, out_dim):
         super().__init__()
-        self.method, self.tap, self.detach_trunk = method, tap, detach_trunk
-        self.encoder = Encoder(arch, stem)
-        width = self.encoder.dim5
+        self.method = method
+        self.tap = tap
+        self.detach_trunk = detach_trunk
+        self.encoder = encoder
+        width = shapes[-1][0]
         if method != "sequential":
             self.projector_c = mlp_head(width, hidden_dim, out_dim)
         if method != "byol":
-            dim_in = self.encoder.dim4 if tap == "conv4" else width
-            self.transformer = Transformer(blocks, dim_in, width, heads, size, position, tap == "conv4")
+            if tap == "conv4":
+                check_conv4(shapes)
+            dim_in, *size = shapes[0] if tap == "conv4" else shapes[-1]
+            self.transformer = Transformer(
+                blocks, dim_in, width, heads=heads, size=tuple(size), position=position,
+                downsample=tap == "conv4")
             self.projector_t = mlp_head(width, hidden_dim, out_dim)
 
     def forward(self, x):
-        """Views (B, 3, height, width) -> {"c": (B, out_dim), "t": (B, out_dim)}, the streams that exist."""
-        conv4, conv5 = self.encoder(x)
-        out = {}
+        """Views (B, channels, height, width) -> "c" and "t", each (B, out_dim), of its streams."""
+        maps = to_maps(self.encoder(x))  # [conv4 (B, C4, H, W), conv5 (B, C5, H/2, W/2)]
+        conv5 = maps[-1]
+        projections = {}
         if self.method != "sequential":
-            out["c"] = self.projector_c(pool(conv5))
+            projections["c"] = self.projector_c(pool(conv5))  # (B, out_dim)
         if self.method != "byol":
-            x = conv4 if self.tap == "conv4" else conv5  # paper: conv5 (Fig. 2). release: conv4. here: --tap
-            # paper: T-stream gradients stay in the T-stream (Sec. 3.3). release: trunk too. here: a flag
-            x = x.detach() if self.detach_trunk else x
-            out["t"] = self.projector_t(pool(self.transformer(x)))
-        return out
+            # paper: conv5 (Fig. 2). release: conv4. here: `tap`, conv4 unless asked
+            tapped = maps[0] if self.tap == "conv4" else conv5
+            # paper: T-stream gradients stay there (Sec. 3.3). release: trunk too. here: as asked
+            if self.detach_trunk:
+                tapped = tapped.detach()
+            projections["t"] = self.projector_t(pool(self.transformer(tapped)))  # (B, out_dim)
+        return projections
 
 
-# ----------------------------------------------------------------------------------------------- losses
-def normalize(x):
-    """l2-normalise (B, D) over D, in float32 when autocast made it narrower."""
-    return F.normalize(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=1)
+def check_conv4(shapes):
+    """InputError unless the shapes (C, H, W) are of conv4 and of conv5 at half its grid."""
+    advice = 'with tap="conv5" the transformer reads conv5 instead'
+    if len(shapes) == 1:
+        raise InputError(f"the encoder gives one map, {shapes[0]}, and the tap is conv4: {advice}")
+    (_, h4, w4), (_, h5, w5) = shapes
+    if h4 % 2 or w4 % 2:
+        raise InputError(f"conv4 is {h4} x {w4}, odd, and the first attention block halves it: "
+                         f"choose another image size, or {advice}")
+    if (h4, w4) != (2 * h5, 2 * w5):
+        raise InputError(f"conv4 is {h4} x {w4}, not twice conv5's {h5} x {w5}: {advice}")
+
+
+# ----------------------------------------------------------------------------------------- losses
+def l2_normalize(x):
+    """(B, D) -> (B, D) of length 1 over D, in float32 when autocast made it narrower."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
+    return F.normalize(x, dim=1)  # (B, D)
 
 
 def similarity_loss(a, b):
-    """Eq. (1) and (3): mean over the batch of 2 - 2 cos(a, b), 0 to 4, of normalised a and b (B, D)."""
-    return 2 - 2 * (a * b).sum(1).mean()
+    """Eq. (1) and (3): mean over the batch of 2 - 2 cos(a, b), 0 to 4; a, b (B, D) normalised."""
+    return 2 - 2 * (a * b).sum(1).mean()  # ()
 
 
 def attention_loss(c, t):
-    """One term of Eq. (4): mean squared difference (batch and dimensions) of normalised c and t (B, D)."""
-    return F.mse_loss(c, t)
+    """One term of Eq. (4): mean squared difference, over B and D, of normalised c and t (B, D)."""
+    return F.mse_loss(c, t)  # ()
 
 
 def output_std(x):
-    """Collapse meter of normalised x (B, D): mean over D of std over B, times sqrt(D); 0 collapsed, 1 not."""
-    return x.detach().std(0).mean() * x.shape[1] ** 0.5
+    """Collapse meter of normalised x (B, D): mean of std over B, times sqrt(D); 0 is collapsed."""
+    return x.detach().std(0).mean() * x.shape[1] ** 0.5  # ()
 
 
 def tau_at(step, total_steps, tau_base=0.99):
-    """Momentum coefficient at optimiser step 0 <= step <= total_steps, from tau_base up to 1 (Sec. 4.1)."""
+    """Momentum coefficient at step 0 <= step <= total_steps: from tau_base up to 1 (Sec. 4.1)."""
     return 1 - (1 - tau_base) * (math.cos(math.pi * step / total_steps) + 1) / 2
 
 
-# ------------------------------------------------------------------------------------------------- CARE
+# ------------------------------------------------------------------------------------------- CARE
 class CARE(nn.Module):
-    """Both branches, the predictors and the loss. ValueError for arguments that do not fit together.
+    """Both branches, the predictors and the loss. InputError for arguments that do not fit.
 
-    image_size: pixels, an int or (height, width), multiples of 32 (of 8 with stem="cifar").
-    method: `care` (parallel streams), `sequential` (one stream, transformer on conv5), `byol` (C-stream).
-    blocks: n of Table 7. heads: attention heads. position: Table 8. tap: the map that the transformer reads.
-    detach_trunk: keep T-stream gradients out of the encoder. lambda_att: lambda of Eq. (5), Table 6.
-    hidden_dim, out_dim: widths of projectors and predictors.
+    arch: one of ARCHS, or any CNN module that maps images to conv4 and conv5 (tuple, list or dict),
+        or to conv5 alone where conv4 is not read. The module itself becomes the online encoder, and
+        its deep copy the momentum encoder. Put the model on its device after building it.
+        save_encoder writes the module; its own load_state_dict reads that (load_encoder: ResNets).
+    image_size: pixels, int or (height, width). For ARCHS multiples of 32, of 8 with stem="cifar".
+    method: `care` (parallel streams), `sequential` (one stream, transformer on conv5) or `byol`
+        (C-stream alone).
+    blocks: n of Table 7. heads: attention heads. position: Table 8.
+    tap: the map that the transformer reads. detach_trunk: no T-stream gradients into the encoder.
+    lambda_att: lambda of Eq. (5), Table 6. hidden_dim, out_dim: of projectors and predictors.
+    stem: of ARCHS, `imagenet` or `cifar`.
     """
 
-    def __init__(self, arch="resnet50", image_size=224, method="care", blocks=5, heads=4, position="relative",
-                 tap="conv4", detach_trunk=False, lambda_att=100.0, hidden_dim=4096, out_dim=256,
-                 stem="imagenet"):
+    def __init__(self, arch="resnet50", image_size=224, method="care", blocks=5, heads=4,
+                 position="relative", tap="conv4", detach_trunk=False, lambda_att=100.0,
+                 hidden_dim=4096, out_dim=256, stem="imagenet"):
         super().__init__()
-        for what, value, choices in (("method", method, METHODS), ("tap", tap, TAPS)):
-            if value not in choices:
-                raise InputError(f"{what} {value!r} is none of {', '.join(choices)}")
+        check_choice("method", method, METHODS)
+        check_choice("position", position, POSITIONS)
+        check_choice("tap", tap, TAPS)
         if blocks < 1:
             raise InputError(f"blocks {blocks}: the transformer needs at least one")
+        if heads < 1:
+            raise InputError(f"heads {heads}: the attention needs at least one")
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        stride = 32 if stem == "imagenet" else 8
-        if height % stride or width % stride or min(height, width) < stride:
-            raise InputError(f"image size {height} x {width}: not multiples of {stride} (stem {stem})")
+        if height < 1 or width < 1:
+            raise InputError(f"image size {height} x {width}: needs at least one pixel")
+        if isinstance(arch, nn.Module):
+            if stem != "imagenet":
+                raise InputError(f"stem {stem!r} is for the encoders of ARCHS, not for a module")
+            encoder = arch
+        else:
+            encoder = Encoder(arch, stem)
+            stride = encoder.stride
+            if height % stride or width % stride:
+                raise InputError(f"image size {height} x {width}: "
+                                 f"not multiples of {stride} (stem {stem})")
+        self.method = method
         self.lambda_att = lambda_att
-        self.online = Branch(arch, stem, (height // stride, width // stride), method, blocks, heads, position,
-                             "conv5" if method == "sequential" else tap, detach_trunk, hidden_dim, out_dim)
+        self.online = Branch(
+            encoder, map_shapes(encoder, height, width), method, blocks=blocks, heads=heads,
+            position=position, tap="conv5" if method == "sequential" else tap,
+            detach_trunk=detach_trunk, hidden_dim=hidden_dim, out_dim=out_dim)
         self.momentum = copy.deepcopy(self.online).requires_grad_(False)
         if method != "sequential":
             self.predictor_c = mlp_head(out_dim, hidden_dim, out_dim)
@@ -299,53 +445,65 @@ class CARE(nn.Module):
             self.predictor_t = mlp_head(out_dim, hidden_dim, out_dim)
 
     def forward(self, x_online, x_momentum):
-        """One view order: two views of a batch, (B, 3, height, width) each -> dict of scalars.
+        """One view order: two views of a batch, (B, channels, height, width) -> dict of scalars.
 
-        loss (differentiable); by stream loss_c, loss_t, std_c, std_t (collapse); of both loss_att (unscaled).
+        loss (differentiable); of the streams loss_c, loss_t, std_c, std_t; loss_att, unscaled.
         """
         online = self.online(x_online)
-        with torch.no_grad():  # batch norms in train mode here too, with running statistics of their own
+        with torch.no_grad():  # in train mode its batch norms, too, use the batch's statistics
             momentum = self.momentum(x_momentum)
-        out = {"loss": 0.0}
-        if "c" in online:
-            f1, f2 = normalize(self.predictor_c(online["c"])), normalize(momentum["c"])
-            out["loss_c"] = similarity_loss(f1, f2)  # Eq. (1)
-            out["std_c"] = output_std(f1)
-            out["loss"] = out["loss"] + out["loss_c"]
-        if "t" in online:
-            f3, f4 = normalize(self.predictor_t(online["t"])), normalize(momentum["t"])
-            out["loss_t"] = similarity_loss(f3, f4)  # Eq. (3)
-            out["std_t"] = output_std(f3)
-            out["loss"] = out["loss"] + out["loss_t"]
-        if "c" in online and "t" in online:  # the second term has no gradient; both are in Eq. (4)
-            out["loss_att"] = attention_loss(f1, f3.detach()) + attention_loss(f2, f4)  # Eq. (4)
-            out["loss"] = out["loss"] + self.lambda_att * out["loss_att"]  # Eq. (5)
-        return {name: value if name == "loss" else value.detach() for name, value in out.items()}
+        if self.method != "sequential":
+            f1 = l2_normalize(self.predictor_c(online["c"]))  # (B, out_dim)
+            f2 = l2_normalize(momentum["c"])  # (B, out_dim)
+            loss_c = similarity_loss(f1, f2)  # Eq. (1)
+        if self.method != "byol":
+            f3 = l2_normalize(self.predictor_t(online["t"]))  # (B, out_dim)
+            f4 = l2_normalize(momentum["t"])  # (B, out_dim)
+            loss_t = similarity_loss(f3, f4)  # Eq. (3)
+        if self.method == "byol":
+            return {"loss": loss_c, "loss_c": loss_c.detach(), "std_c": output_std(f1)}
+        if self.method == "sequential":
+            return {"loss": loss_t, "loss_t": loss_t.detach(), "std_t": output_std(f3)}
+        # The C-stream learns from the T-stream, not the reverse; the second term has no gradient.
+        loss_att = attention_loss(f1, f3.detach()) + attention_loss(f2, f4)  # Eq. (4)
+        return {
+            "loss": loss_c + loss_t + self.lambda_att * loss_att,  # Eq. (5)
+            "loss_c": loss_c.detach(),
+            "loss_t": loss_t.detach(),
+            "loss_att": loss_att.detach(),
+            "std_c": output_std(f1),
+            "std_t": output_std(f3),
+        }
 
     @torch.no_grad()
     def update_momentum(self, tau):
-        """momentum <- tau * momentum + (1 - tau) * online, parameters only: buffers are each branch's own."""
-        torch._foreach_lerp_(list(self.momentum.parameters()), list(self.online.parameters()), 1 - tau)
+        """momentum <- tau * momentum + (1 - tau) * online: parameters, no statistics."""
+        online = list(self.online.parameters())
+        torch._foreach_lerp_(list(self.momentum.parameters()), online, 1 - tau)
 
     def load_released(self, path):
-        """Load a checkpoint in the authors' layout. ValueError, nothing changed, if keys or shapes differ."""
+        """Load the authors' checkpoint. InputError, and nothing changed, if it does not fit."""
         state = load_state(path)
-        own = {released_key(key): (key, value) for key, value in self.state_dict().items()}
-        check_state(path, state, {key: value for key, (_, value) in own.items()})
-        self.load_state_dict({key: state[theirs] for theirs, (key, _) in own.items()})
+        own = self.state_dict()
+        check_state(path, state, {released_key(key): value for key, value in own.items()})
+        self.load_state_dict({key: state[released_key(key)] for key in own})
 
 
-# ------------------------------------------------------------------------------------ weights in and out
-RELEASED_NAMES = {  # part of a key of CARE.state_dict() -> the authors' name for it; replaced in this order
+# ------------------------------------------------------------------------------ weights in and out
+# Part of a key of CARE.state_dict() -> the authors' name for it. For example
+#            online.transformer.0.attention.position.rel_height becomes
+#   student_encoder.trans.net.0.    net.3. pos_emb.rel_height, without the blanks.
+# No part occurs in another or in its replacement, so that their order does not matter.
+RELEASED_NAMES = {
     "online.": "student_encoder.", "momentum.": "teacher_encoder.", ".encoder.": ".",
-    "projector_c.": "fc1.", "predictor_c.0": "student_encoder.fc1.4",
-    "predictor_c.1": "student_encoder.fc1.5", "predictor_c.3": "student_encoder.fc1.7",
-    "projector_t.": "fc2.", "predictor_t.0": "student_encoder.fc2.4",
-    "predictor_t.1": "student_encoder.fc2.5", "predictor_t.3": "student_encoder.fc2.7",
-    "transformer.": "trans.net.", "mlp1.": "net.0.", "norm1.": "net.1.", "attention.": "net.3.",
-    "position.": "pos_emb.", "norm2.": "net.5.", "mlp2.": "net.7.", "norm3.": "net.8.",
+    "projector_c.": "fc1.", "projector_t.": "fc2.",  # predictors go on with their numbers
+    "predictor_c.0.": "student_encoder.fc1.4.", "predictor_t.0.": "student_encoder.fc2.4.",
+    "predictor_c.1.": "student_encoder.fc1.5.", "predictor_t.1.": "student_encoder.fc2.5.",
+    "predictor_c.3.": "student_encoder.fc1.7.", "predictor_t.3.": "student_encoder.fc2.7.",
+    "transformer.": "trans.net.", "attention.": "net.3.", "position.": "pos_emb.",
+    "mlp1.": "net.0.", "mlp2.": "net.7.",
+    "norm1.": "net.1.", "norm2.": "net.5.", "norm3.": "net.8.",
 }
-PREFIXES = ("online.encoder.", "student_encoder.", "encoder_q.", "base_encoder.", "encoder.", "backbone.", "")
 
 
 def released_key(key):
@@ -355,38 +513,48 @@ def released_key(key):
     return key
 
 
+# The trunk of our own and the authors' checkpoints, of MoCo's, of others', and of torchvision's.
+PREFIXES = (
+    "online.encoder.", "student_encoder.", "encoder_q.", "base_encoder.", "encoder.", "backbone.",
+    "",
+)
+
+
 def load_checkpoint(path):
-    """What torch.save wrote, on the CPU. ValueError when it is broken or holds code, which never runs."""
+    """What torch.save wrote, on the CPU. InputError when broken or with code, which never runs."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # whatever broken bytes make the unpickler raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: truncated, not a checkpoint, or more than tensors ({reason})") from None
+        message = f"{path}: truncated, not a checkpoint, or more than tensors ({reason})"
+        raise InputError(message) from None
 
 
 def load_state(path):
-    """The tensors by name in a checkpoint file, without `module.`; ValueError when it holds no state dict."""
+    """The tensors by name in a file, without `module.`; InputError when it holds no state dict."""
     state = load_checkpoint(path)
     for name in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    values = state.values() if isinstance(state, dict) else [state]
+    if not all(isinstance(value, torch.Tensor) for value in values):
         raise InputError(f"{path}: holds no state dict of tensors")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def check_state(path, state, wanted, ignore=()):
-    """ValueError, in one line, unless `state` has the keys and shapes of `wanted` and finite values only.
+    """InputError, in one line, unless `state` has the keys and shapes of `wanted`, all finite.
 
     `num_batches_tracked` may be missing; keys that start with one of `ignore` may be there.
     """
-    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    missing = [key for key in wanted if key not in state and "num_batches_tracked" not in key]
     extra = [key for key in state if key not in wanted and not key.startswith(tuple(ignore))]
+    both = [key for key in wanted if key in state]
     shapes = [f"{key} is {tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
-              for key in wanted if key in state and state[key].shape != wanted[key].shape]
-    bad = [key for key in wanted if key in state and not torch.isfinite(state[key]).all()]
+              for key in both if state[key].shape != wanted[key].shape]
+    bad = [key for key in both if not torch.isfinite(state[key]).all()]
     problems = {"missing": missing, "unexpected": extra, "wrong shape:": shapes, "not finite:": bad}
     for what, keys in problems.items():
         if keys:
@@ -395,26 +563,31 @@ def check_state(path, state, wanted, ignore=()):
 
 
 def save_encoder(encoder, file):
-    """Write an encoder's state dict, in torchvision's keys, on the CPU, to a path or a file object."""
+    """Write an encoder's state dict, with the keys it has, on the CPU, to a path or file object."""
     torch.save({key: value.cpu() for key, value in encoder.state_dict().items()}, file)
 
 
 def load_encoder(path, arch=None, stem=None):
-    """The encoder in `encoder.pth`, `last.pth`, the authors' release, a torchvision or MoCo-like state dict.
+    """The encoder in `encoder.pth`, `last.pth`, the release, a torchvision or MoCo-like state dict.
 
-    arch and stem are read off the shapes; ValueError when a given one contradicts them, or when a key is
+    arch and stem are read off the shapes; InputError when a given one contradicts them, or a key is
     missing, unknown (other than `fc.*`), of another shape or not finite.
     """
     state = load_state(path)
     prefix = next((p for p in PREFIXES if p + "conv1.weight" in state), None)
     if prefix is None:
         raise InputError(f"{path}: no ResNet encoder in it (no conv1.weight under any known name)")
-    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    state = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
     found_stem = "cifar" if state["conv1.weight"].shape[-1] == 3 else "imagenet"
-    with torch.device("meta"):  # of nested architectures, which share as many keys, the smallest comes first
+    with torch.device("meta"):
         wanted = {name: Encoder(name, found_stem).state_dict() for name in ARCHS}
-    found_arch = max(ARCHS, key=lambda name: sum(key in state and state[key].shape == value.shape
-                                                 for key, value in wanted[name].items()))
+
+    def matches(name):
+        """How many tensors of this architecture the file has."""
+        return sum(key in state and state[key].shape == value.shape
+                   for key, value in wanted[name].items())
+
+    found_arch = max(ARCHS, key=matches)  # of equals the first: the smallest
     for what, given, found in (("arch", arch, found_arch), ("stem", stem, found_stem)):
         if given not in (None, found):
             raise InputError(f"{path}: {what} {given} was asked for, but the file holds {found}")
