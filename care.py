@@ -10,8 +10,6 @@ Ge, Liang, Song, Jiao, Wang and Luo, NeurIPS 2021, https://arxiv.org/abs/2110.05
               v                                     v          v                       v
   T    transformer -> projector_t -> predictor_t -> f3 <-L_t-> f4 <- projector_t <- transformer
 
-  C: C-stream, of the CNN. T: T-stream, of the transformer, which L_att makes the C-stream follow.
-
   equation  what                                       function                symbol  name
   (1), (3)  L_c, L_t: 2 - 2 cos                        similarity_loss         f1, f3  online
   (2)       softmax((q.k^T + q.p^T) / sqrt(d)).v       MultiHeadSelfAttention  f2, f4  momentum
@@ -28,8 +26,13 @@ Ge, Liang, Song, Jiao, Wang and Luo, NeurIPS 2021, https://arxiv.org/abs/2110.05
 
 Shapes: B batch, C channels, H W feature grid, N = H*W tokens, h heads, d head width.
 """
+import argparse
 import copy
 import math
+import os
+import pathlib
+import re
+import types
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +40,9 @@ from torch import nn
 from torchvision import models
 
 ARCHS = {  # the paper's encoders (Tables 1-3), and two small ones
-    "resnet18": models.resnet18,
-    "resnet34": models.resnet34,
-    "resnet50": models.resnet50,
+    "resnet18": models.resnet18, "resnet34": models.resnet34, "resnet50": models.resnet50,
     "resnet50w2": models.wide_resnet50_2,  # the paper's ResNet-50(2x): 68.9M parameters
-    "resnet101": models.resnet101,
-    "resnet152": models.resnet152,
+    "resnet101": models.resnet101, "resnet152": models.resnet152,
 }
 STEMS = ("imagenet", "cifar")
 METHODS = ("care", "sequential", "byol")
@@ -66,7 +66,6 @@ class Encoder(nn.Module):
 
     `stem="cifar"` replaces the 7x7 stride-2 convolution and the max-pooling by one 3x3 stride-1
     convolution. Attributes: arch, stem, dim4 and dim5 (widths of conv4, conv5), stride (of conv5).
-    InputError for an unknown arch or stem.
     """
 
     def __init__(self, arch="resnet50", stem="imagenet"):
@@ -74,10 +73,8 @@ class Encoder(nn.Module):
         check_choice("arch", arch, ARCHS)
         check_choice("stem", stem, STEMS)
         net = ARCHS[arch](weights=None)  # Kaiming-normal (fan out), every batch-norm weight 1
-        self.arch = arch
-        self.stem = stem
-        self.dim4 = net.layer4[0].conv1.in_channels
-        self.dim5 = net.fc.in_features
+        self.arch, self.stem = arch, stem
+        self.dim4, self.dim5 = net.layer4[0].conv1.in_channels, net.fc.in_features
         self.stride = 32 if stem == "imagenet" else 8
         if stem == "cifar":
             net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -103,9 +100,7 @@ def to_maps(output):
     """What an encoder returned (a map, or a tuple, list or dict of maps) -> list, conv5 last."""
     if isinstance(output, torch.Tensor):
         return [output]
-    if isinstance(output, dict):
-        return list(output.values())
-    return list(output)
+    return list(output.values() if isinstance(output, dict) else output)
 
 
 def map_shapes(encoder, height, width):
@@ -114,20 +109,15 @@ def map_shapes(encoder, height, width):
     Read off a forward pass on zeros by a copy in eval mode, so that the encoder stays as it is.
     InputError when the encoder gives anything but one or two maps.
     """
-    convolutions = [module for module in encoder.modules() if isinstance(module, nn.Conv2d)]
-    if not convolutions:
+    first = next((module for module in encoder.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None:
         raise InputError("the encoder has no Conv2d to tell how many channels its images have")
-    first = convolutions[0]
     zeros = first.weight.new_zeros(2, first.in_channels, height, width)
-    devices = [zeros.device] if zeros.is_cuda else []
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.no_grad(), torch.random.fork_rng([zeros.device] if zeros.is_cuda else []):
         maps = to_maps(copy.deepcopy(encoder).eval()(zeros))
     shapes = [tuple(getattr(feature_map, "shape", ())) for feature_map in maps]
-    if len(shapes) not in (1, 2):
-        raise InputError(f"the encoder gives {len(shapes)} maps, of shapes {shapes}: "
-                         "return conv4 and conv5, or conv5 alone")
-    if any(len(shape) != 4 for shape in shapes):
-        raise InputError(f"the encoder gives shapes {shapes}: a map has four dimensions")
+    if len(shapes) not in (1, 2) or any(len(shape) != 4 for shape in shapes):
+        raise InputError(f"the encoder gives shapes {shapes}: return one or two maps (B, C, H, W)")
     (_, _, h4, w4), (_, _, h5, w5) = shapes[0], shapes[-1]
     if h4 < h5 or w4 < w5:
         raise InputError(f"the encoder gives shapes {shapes}: return conv4 before conv5")
@@ -146,8 +136,7 @@ class PositionEncoding(nn.Module):
     def __init__(self, kind, size, dim):
         super().__init__()
         check_choice("position", kind, POSITIONS)
-        self.kind = kind
-        self.size = size
+        self.kind, self.size = kind, size
         H, W = size
         if kind == "sincos":
             half = dim // 2
@@ -172,7 +161,7 @@ class PositionEncoding(nn.Module):
 
     def key_table(self):
         """`sincos` and `absolute`, where p depends on the key's place alone: p, (N, d)."""
-        table = self.height[:, None] + self.width[None, :]  # (H, W, d)
+        table = self.height[:, None] + self.width  # (H, W, d)
         return table.flatten(0, 1)  # (N, d)
 
     def relative_logits(self, q):
@@ -188,8 +177,7 @@ class PositionEncoding(nn.Module):
         rows = torch.einsum("bhyxd,ydz->bhyxz", q, height)  # (B, h, H, W, H): z is y'
         columns = torch.einsum("bhyxd,xdz->bhyxz", q, width)  # (B, h, H, W, W): z is x'
         logits = rows.unsqueeze(5) + columns.unsqueeze(4)  # (B, h, H, W, H, W)
-        logits = logits.flatten(4, 5)  # (B, h, H, W, N)
-        return logits.flatten(2, 3)  # (B, h, N, N)
+        return logits.flatten(4, 5).flatten(2, 3)  # (B, h, N, N)
 
 
 def sincos_table(length, dim):
@@ -200,23 +188,17 @@ def sincos_table(length, dim):
 
 
 class MultiHeadSelfAttention(nn.Module):
-    """softmax((q.k^T + q.p^T) / sqrt(d)).v over a feature map, Eq. (2) and Fig. 3, right.
-
-    size: the map's grid (H, W). InputError unless dim is a multiple of 4 x heads.
-    """
+    """softmax((q.k^T + q.p^T) / sqrt(d)).v over a map of grid `size`, Eq. (2) and Fig. 3, right."""
 
     def __init__(self, dim, heads, size, position):
         super().__init__()
-        if dim % (4 * heads):
-            raise InputError(f"heads {heads}: {dim} channels do not split into multiples of 4")
         self.heads = heads
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1, bias=False)  # w_q, w_k, w_v; each head-major
         self.position = PositionEncoding(position, size, dim // heads)
 
     def qkv(self, x):
         """(B, C, H, W) -> q, k, v, each (B, h, N, d)."""
-        tokens = self.to_qkv(x).flatten(2).transpose(1, 2)  # (B, N, 3C)
-        q, k, v = tokens.chunk(3, dim=2)  # (B, N, C) each
+        q, k, v = self.to_qkv(x).flatten(2).transpose(1, 2).chunk(3, dim=2)  # (B, N, C) each
         q = q.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, h, N, d)
         k = k.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, h, N, d)
         v = v.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, h, N, d)
@@ -228,24 +210,19 @@ class MultiHeadSelfAttention(nn.Module):
         logits = q @ k.transpose(2, 3) + self.position(q)  # (B, h, N, N)
         return logits.softmax(3)  # Eq. (2) but for v (B, h, N, N)
 
-    def plain(self, q, k, v):
-        """Eq. (2) as it is written: (B, h, N, d) each -> (B, h, N, d)."""
-        return self.attention(q, k) @ v  # Eq. (2) (B, h, N, d)
-
     def fused(self, q, k, v):
-        """Faster form of `plain`, but for `relative`: q.k^T + q.p^T = q.(k + p)^T in one kernel.
-
-        test_fused_attention_is_the_plain_form holds them equal.
-        """
+        """Faster form of attention(q, k) @ v, but for `relative`: q.k^T + q.p^T = q.(k + p)^T."""
         if self.position.kind != "none":
             k = k + self.position.key_table()  # (B, h, N, d)
-        return F.scaled_dot_product_attention(q, k, v)  # Eq. (2) (B, h, N, d)
+        return F.scaled_dot_product_attention(q, k, v)  # (B, h, N, d)
 
     def forward(self, x):
         """(B, C, H, W) -> (B, C, H, W)."""
         q, k, v = self.qkv(x)
-        attend = self.plain if self.position.kind == "relative" else self.fused
-        out = attend(q, k, v)  # (B, h, N, d)
+        if self.position.kind == "relative":
+            out = self.attention(q, k) @ v  # Eq. (2) (B, h, N, d)
+        else:  # equal: test_fused_attention_is_the_plain_form
+            out = self.fused(q, k, v)  # Eq. (2) (B, h, N, d)
         out = out.transpose(1, 2).flatten(2)  # (B, N, C)
         return out.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
 
@@ -253,15 +230,12 @@ class MultiHeadSelfAttention(nn.Module):
 class AttentionBlock(nn.Module):
     """1x1 -> self-attention -> 1x1, added to the input, ReLU (Fig. 3, left), with batch norms.
 
-    size: the grid (H, W) of the map it reads. The attention has dim_out / 4 channels, rounded up
-    to a multiple of 4 x heads. `downsample` halves the grid after the attention; without it, dim_in
-    and dim_out must be equal.
+    size: the grid (H, W) it reads. `downsample` halves it; without, dim_in must be dim_out.
     """
 
     def __init__(self, dim_in, dim_out, heads, size, position, downsample):
         super().__init__()
-        multiple = 4 * heads
-        dim = math.ceil(dim_out / 4 / multiple) * multiple
+        dim = math.ceil(dim_out / 4 / (4 * heads)) * (4 * heads)  # a quarter, heads of 4, 8, ...
         self.mlp1 = nn.Conv2d(dim_in, dim, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(dim)
         self.attention = MultiHeadSelfAttention(dim, heads, size, position)
@@ -283,10 +257,7 @@ class AttentionBlock(nn.Module):
 
 
 class Transformer(nn.Sequential):
-    """n attention blocks (Sec. 3.2): (B, dim_in, H, W) -> (B, dim_out, H, W), or half that grid.
-
-    size: the grid (H, W) of the map that it reads; `downsample`: the first block halves it.
-    """
+    """n attention blocks (Sec. 3.2) on a map of grid `size`; `downsample`: the first halves it."""
 
     def __init__(self, n, dim_in, dim_out, heads, size, position, downsample):
         blocks = [AttentionBlock(dim_in, dim_out, heads, size, position, downsample=downsample)]
@@ -303,23 +274,17 @@ class Transformer(nn.Sequential):
 # --------------------------------------------------------------------------------------- branches
 def mlp_head(dim_in, hidden_dim, dim_out):
     """Projector or predictor (Sec. 4.1, as BYOL's): (B, dim_in) -> (B, dim_out)."""
-    return nn.Sequential(
-        nn.Linear(dim_in, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True),
-        nn.Linear(hidden_dim, dim_out))
+    hidden = nn.Linear(dim_in, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)
+    return nn.Sequential(*hidden, nn.Linear(hidden_dim, dim_out))
 
 
 class Branch(nn.Module):
-    """Encoder, transformer, projectors: what momentum copies. byol: no T-stream, sequential: no C.
-
-    shapes: of the encoder's maps, from map_shapes. InputError when conv4 is read and does not fit.
-    """
+    """Encoder, transformer, projectors: what momentum copies. shapes: from map_shapes(encoder)."""
 
     def __init__(self, encoder, shapes, method, blocks, heads, position, tap, detach_trunk,
                  hidden_dim, out_dim):
         super().__init__()
-        self.method = method
-        self.tap = tap
-        self.detach_trunk = detach_trunk
+        self.method, self.tap, self.detach_trunk = method, tap, detach_trunk
         self.encoder = encoder
         width = shapes[-1][0]
         if method != "sequential":
@@ -327,9 +292,9 @@ class Branch(nn.Module):
         if method != "byol":
             if tap == "conv4":
                 check_conv4(shapes)
-            dim_in, *size = shapes[0] if tap == "conv4" else shapes[-1]
+            tapped = shapes[0] if tap == "conv4" else shapes[-1]
             self.transformer = Transformer(
-                blocks, dim_in, width, heads=heads, size=tuple(size), position=position,
+                blocks, tapped[0], width, heads=heads, size=tapped[1:], position=position,
                 downsample=tap == "conv4")
             self.projector_t = mlp_head(width, hidden_dim, out_dim)
 
@@ -343,8 +308,7 @@ class Branch(nn.Module):
         if self.method != "byol":
             # paper: conv5 (Fig. 2). release: conv4. here: `tap`, conv4 unless asked
             tapped = maps[0] if self.tap == "conv4" else conv5
-            # paper: T-stream gradients stay there (Sec. 3.3). release: trunk too. here: as asked
-            if self.detach_trunk:
+            if self.detach_trunk:  # paper: yes (Sec. 3.3). release: no. here: no unless asked
                 tapped = tapped.detach()
             projections["t"] = self.projector_t(pool(self.transformer(tapped)))  # (B, out_dim)
         return projections
@@ -352,23 +316,20 @@ class Branch(nn.Module):
 
 def check_conv4(shapes):
     """InputError unless the shapes (C, H, W) are of conv4 and of conv5 at half its grid."""
-    advice = 'with tap="conv5" the transformer reads conv5 instead'
+    advice = 'choose another image size, or with tap="conv5" let the transformer read conv5'
     if len(shapes) == 1:
-        raise InputError(f"the encoder gives one map, {shapes[0]}, and the tap is conv4: {advice}")
+        raise InputError(f"the encoder gives one map, {shapes[0]}, no conv4: {advice}")
     (_, h4, w4), (_, h5, w5) = shapes
-    if h4 % 2 or w4 % 2:
-        raise InputError(f"conv4 is {h4} x {w4}, odd, and the first attention block halves it: "
-                         f"choose another image size, or {advice}")
     if (h4, w4) != (2 * h5, 2 * w5):
-        raise InputError(f"conv4 is {h4} x {w4}, not twice conv5's {h5} x {w5}: {advice}")
+        what = "odd and so not" if h4 % 2 or w4 % 2 else "not"
+        raise InputError(f"conv4 is {h4} x {w4}, {what} twice conv5's {h5} x {w5}: {advice}")
 
 
 # ----------------------------------------------------------------------------------------- losses
 def l2_normalize(x):
     """(B, D) -> (B, D) of length 1 over D, in float32 when autocast made it narrower."""
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x = x.float()
-    return F.normalize(x, dim=1)  # (B, D)
+    narrow = x.dtype in (torch.float16, torch.bfloat16)
+    return F.normalize(x.float() if narrow else x, dim=1)  # (B, D)
 
 
 def similarity_loss(a, b):
@@ -400,12 +361,10 @@ class CARE(nn.Module):
         its deep copy the momentum encoder. Put the model on its device after building it.
         save_encoder writes the module; its own load_state_dict reads that (load_encoder: ResNets).
     image_size: pixels, int or (height, width). For ARCHS multiples of 32, of 8 with stem="cifar".
-    method: `care` (parallel streams), `sequential` (one stream, transformer on conv5) or `byol`
-        (C-stream alone).
+    method: `care` (parallel streams), `sequential` (one, transformer on conv5), `byol` (C-stream).
     blocks: n of Table 7. heads: attention heads. position: Table 8.
     tap: the map that the transformer reads. detach_trunk: no T-stream gradients into the encoder.
-    lambda_att: lambda of Eq. (5), Table 6. hidden_dim, out_dim: of projectors and predictors.
-    stem: of ARCHS, `imagenet` or `cifar`.
+    lambda_att: of Eq. (5), Table 6. hidden_dim, out_dim: of projectors, predictors. stem: of ARCHS.
     """
 
     def __init__(self, arch="resnet50", image_size=224, method="care", blocks=5, heads=4,
@@ -413,27 +372,17 @@ class CARE(nn.Module):
                  hidden_dim=4096, out_dim=256, stem="imagenet"):
         super().__init__()
         check_choice("method", method, METHODS)
-        check_choice("position", position, POSITIONS)
         check_choice("tap", tap, TAPS)
-        if blocks < 1:
-            raise InputError(f"blocks {blocks}: the transformer needs at least one")
-        if heads < 1:
-            raise InputError(f"heads {heads}: the attention needs at least one")
+        if blocks < 1 or heads < 1:
+            raise InputError(f"blocks {blocks}, heads {heads}: the transformer needs at least one")
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if height < 1 or width < 1:
-            raise InputError(f"image size {height} x {width}: needs at least one pixel")
-        if isinstance(arch, nn.Module):
-            if stem != "imagenet":
-                raise InputError(f"stem {stem!r} is for the encoders of ARCHS, not for a module")
-            encoder = arch
-        else:
-            encoder = Encoder(arch, stem)
-            stride = encoder.stride
-            if height % stride or width % stride:
-                raise InputError(f"image size {height} x {width}: "
-                                 f"not multiples of {stride} (stem {stem})")
-        self.method = method
-        self.lambda_att = lambda_att
+        encoder = arch if isinstance(arch, nn.Module) else Encoder(arch, stem)
+        if encoder is arch and stem != "imagenet":
+            raise InputError(f"stem {stem!r} is for the encoders of ARCHS, not for a module")
+        stride = 1 if encoder is arch else encoder.stride
+        if height % stride or width % stride or min(height, width) < 1:
+            raise InputError(f"image size {height} x {width}: needs multiples of {stride}")
+        self.method, self.lambda_att = method, lambda_att
         self.online = Branch(
             encoder, map_shapes(encoder, height, width), method, blocks=blocks, heads=heads,
             position=position, tap="conv5" if method == "sequential" else tap,
@@ -466,42 +415,38 @@ class CARE(nn.Module):
             return {"loss": loss_t, "loss_t": loss_t.detach(), "std_t": output_std(f3)}
         # The C-stream learns from the T-stream, not the reverse; the second term has no gradient.
         loss_att = attention_loss(f1, f3.detach()) + attention_loss(f2, f4)  # Eq. (4)
-        return {
-            "loss": loss_c + loss_t + self.lambda_att * loss_att,  # Eq. (5)
-            "loss_c": loss_c.detach(),
-            "loss_t": loss_t.detach(),
-            "loss_att": loss_att.detach(),
-            "std_c": output_std(f1),
-            "std_t": output_std(f3),
-        }
+        loss = loss_c + loss_t + self.lambda_att * loss_att  # Eq. (5)
+        return {"loss": loss, "loss_att": loss_att.detach(),
+                "loss_c": loss_c.detach(), "std_c": output_std(f1),
+                "loss_t": loss_t.detach(), "std_t": output_std(f3)}
 
     @torch.no_grad()
     def update_momentum(self, tau):
         """momentum <- tau * momentum + (1 - tau) * online: parameters, no statistics."""
-        online = list(self.online.parameters())
-        torch._foreach_lerp_(list(self.momentum.parameters()), online, 1 - tau)
+        momentum, online = list(self.momentum.parameters()), list(self.online.parameters())
+        torch._foreach_lerp_(momentum, online, 1 - tau)
 
     def load_released(self, path):
         """Load the authors' checkpoint. InputError, and nothing changed, if it does not fit."""
-        state = load_state(path)
+        tensors, prefix = read_trunk(path)
+        wrapper = prefix.removesuffix("student_encoder.")  # as "module."
+        state = {key.removeprefix(wrapper): value for key, value in tensors.items()}
         own = self.state_dict()
         check_state(path, state, {released_key(key): value for key, value in own.items()})
         self.load_state_dict({key: state[released_key(key)] for key in own})
 
 
 # ------------------------------------------------------------------------------ weights in and out
-# Part of a key of CARE.state_dict() -> the authors' name for it. For example
-#            online.transformer.0.attention.position.rel_height becomes
-#   student_encoder.trans.net.0.    net.3. pos_emb.rel_height, without the blanks.
-# No part occurs in another or in its replacement, so that their order does not matter.
+# Part of a key of CARE.state_dict() -> the authors' name for it. Part by part,
+# online.transformer.0.attention.position.rel_height becomes
+# student_encoder.trans.net.0.net.3.pos_emb.rel_height. No part is in another: any order will do.
 RELEASED_NAMES = {
     "online.": "student_encoder.", "momentum.": "teacher_encoder.", ".encoder.": ".",
-    "projector_c.": "fc1.", "projector_t.": "fc2.",  # predictors go on with their numbers
+    "projector_c.": "fc1.", "projector_t.": "fc2.", "transformer.": "trans.net.",
     "predictor_c.0.": "student_encoder.fc1.4.", "predictor_t.0.": "student_encoder.fc2.4.",
     "predictor_c.1.": "student_encoder.fc1.5.", "predictor_t.1.": "student_encoder.fc2.5.",
     "predictor_c.3.": "student_encoder.fc1.7.", "predictor_t.3.": "student_encoder.fc2.7.",
-    "transformer.": "trans.net.", "attention.": "net.3.", "position.": "pos_emb.",
-    "mlp1.": "net.0.", "mlp2.": "net.7.",
+    "attention.": "net.3.", "position.": "pos_emb.", "mlp1.": "net.0.", "mlp2.": "net.7.",
     "norm1.": "net.1.", "norm2.": "net.5.", "norm3.": "net.8.",
 }
 
@@ -513,44 +458,56 @@ def released_key(key):
     return key
 
 
-# The trunk of our own and the authors' checkpoints, of MoCo's, of others', and of torchvision's.
-PREFIXES = (
-    "online.encoder.", "student_encoder.", "encoder_q.", "base_encoder.", "encoder.", "backbone.",
-    "",
-)
+class Inert:
+    """Stands for numpy's types, whose real ones can be forged to follow any address."""
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+def numpy_scalar(dtype, data):
+    """A number or string of numpy's, from its dtype and bytes as the file has them; or Inert."""
+    import numpy  # nothing else here needs it
+    code = dtype.state[1] + dtype.args[0]  # byte order, kind and size, as "<f8"
+    if not re.fullmatch("[<>|][biufcSU][0-9]+", code):
+        return Inert(code, data)
+    return numpy.ndarray((), code, data)[()]
+
+
+HARMLESS = {  # what a checkpoint may hold beside tensors and plain values -> what is called for it
+    "argparse.Namespace": argparse.Namespace, "types.SimpleNamespace": types.SimpleNamespace,
+    "pathlib.PosixPath": pathlib.PurePosixPath, "pathlib.WindowsPath": pathlib.PureWindowsPath,
+    "numpy.dtype": Inert, "numpy.ndarray": Inert,
+    "numpy.core.multiarray.scalar": numpy_scalar, "numpy._core.multiarray.scalar": numpy_scalar,
+    "numpy.core.multiarray._reconstruct": Inert, "numpy._core.multiarray._reconstruct": Inert,
+    "collections.defaultdict": lambda factory: {}, "builtins.dict": dict, "builtins.list": list,
+    "builtins.int": int, "builtins.float": float, "builtins.bytes": bytes,
+}
 
 
 def load_checkpoint(path):
-    """What torch.save wrote, on the CPU. InputError when broken or with code, which never runs."""
+    """What torch.save wrote, on the CPU. InputError when broken or with more than HARMLESS."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(call, name) for name, call in HARMLESS.items()]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # whatever broken bytes make the unpickler raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        message = f"{path}: truncated, not a checkpoint, or more than tensors ({reason})"
-        raise InputError(message) from None
+    except Exception as error:  # whatever foreign bytes make the unpickler raise
+        text = re.sub("\x1b[^m]*m", "", str(error)) or type(error).__name__  # without colours
+    if refused := re.search(r"GLOBAL (\S+)", text):
+        raise InputError(f"{path}: holds more than tensors and numbers: {refused[1]} is not loaded;"
+                         " save the weights alone, by torch.save(model.state_dict(), FILE)")
+    reason = text.split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
+    raise InputError(f"{path}: truncated, not a checkpoint, or more than tensors ({reason})")
 
 
-def load_state(path):
-    """The tensors by name in a file, without `module.`; InputError when it holds no state dict."""
-    state = load_checkpoint(path)
-    for name in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(name), dict):
-            state = state[name]
-    values = state.values() if isinstance(state, dict) else [state]
-    if not all(isinstance(value, torch.Tensor) for value in values):
-        raise InputError(f"{path}: holds no state dict of tensors")
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def check_state(path, state, wanted, ignore=()):
-    """InputError, in one line, unless `state` has the keys and shapes of `wanted`, all finite.
-
-    `num_batches_tracked` may be missing; keys that start with one of `ignore` may be there.
-    """
+def check_state(path, state, wanted):
+    """InputError unless `state` has the keys (num_batches_tracked aside) and shapes of `wanted`."""
     missing = [key for key in wanted if key not in state and "num_batches_tracked" not in key]
-    extra = [key for key in state if key not in wanted and not key.startswith(tuple(ignore))]
+    extra = [key for key in state if key not in wanted]
     both = [key for key in wanted if key in state]
     shapes = [f"{key} is {tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
               for key in both if state[key].shape != wanted[key].shape]
@@ -567,31 +524,76 @@ def save_encoder(encoder, file):
     torch.save({key: value.cpu() for key, value in encoder.state_dict().items()}, file)
 
 
-def load_encoder(path, arch=None, stem=None):
-    """The encoder in `encoder.pth`, `last.pth`, the release, a torchvision or MoCo-like state dict.
+def find_trunks(tree, place=""):
+    """ResNets in nested dicts: {"net": {"a.conv1.weight": t}} -> {"net.a.": (tensors, "a.")}."""
+    found = {}
+    tensors = {str(key): value for key, value in tree.items() if isinstance(value, torch.Tensor)}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= find_trunks(value, f"{place}{key}.")
+    for key in tensors:
+        prefix = key.removesuffix("conv1.weight")
+        if prefix != key and prefix + "layer1.0.conv1.weight" in tensors:
+            found[place + prefix] = (tensors, prefix)
+    return found
 
-    arch and stem are read off the shapes; InputError when a given one contradicts them, or a key is
-    missing, unknown (other than `fc.*`), of another shape or not finite.
+
+def is_online(prefix):
+    """Whether a prefix names the online encoder, not its moving average or something unknown."""
+    parts = prefix.split(".")[:-1]
+    plain = ("module", "_orig_mod", "model", "state_dict", "backbone", "encoder")
+    online = ("online", "student", "encoder_q", "base_encoder")
+    return all(part in plain for part in parts) or any(part.startswith(online) for part in parts)
+
+
+def read_trunk(path, prefix=None):
+    """A dict of tensors with a ResNet in it, and its prefix: of several `prefix`, or the online."""
+    checkpoint = load_checkpoint(path)
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"{path}: holds no state dict of tensors")
+    trunks = find_trunks(checkpoint)
+    if not trunks:
+        raise InputError(f"{path}: no ResNet encoder in it (no conv1 beside layer1.0.conv1)")
+    chosen = [trunk for trunk in trunks if len(trunks) == 1 or is_online(trunk)]
+    if prefix is not None:
+        chosen = [trunk for trunk in trunks if trunk.rstrip(".") == prefix.rstrip(".")]
+    if len(chosen) != 1:
+        raise InputError(f"{path}: which ResNet of {', '.join(map(repr, trunks))}? Save one alone,"
+                         " or choose with load_encoder(..., prefix=...)")
+    return trunks[chosen[0]]
+
+
+def load_encoder(path, arch=None, stem=None, prefix=None):
+    """The ResNet in a checkpoint of ours, of the authors' or of any other tool.
+
+    arch and stem are read off the shapes. Of several ResNets the online one is taken, or the one
+    under `prefix`. What stands beside it (fc, projectors) is left out and named in `left_out`.
+    A 3x3 stem has padding 1 here; one trained with padding 2 (solo-learn's CIFAR ResNets) looks the
+    same in a file, and its features come out 17 % off. InputError when arch or stem contradict the
+    file, when several ResNets might be meant, for missing, unknown, misshapen or infinite tensors.
     """
-    state = load_state(path)
-    prefix = next((p for p in PREFIXES if p + "conv1.weight" in state), None)
-    if prefix is None:
-        raise InputError(f"{path}: no ResNet encoder in it (no conv1.weight under any known name)")
-    state = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
+    tensors, prefix = read_trunk(path, prefix)
+    state, left_out = {}, []
+    for key, value in tensors.items():
+        name = key[os.path.commonprefix((key, prefix)).rfind(".") + 1:]  # less what they share
+        if key.startswith(prefix) and re.match(r"(conv|bn|norm|layer|stem|downsample)\d*\.", name):
+            state[name] = value
+        elif name.split(".")[0] not in left_out:
+            left_out.append(name.split(".")[0])
     found_stem = "cifar" if state["conv1.weight"].shape[-1] == 3 else "imagenet"
     with torch.device("meta"):
         wanted = {name: Encoder(name, found_stem).state_dict() for name in ARCHS}
 
-    def matches(name):
-        """How many tensors of this architecture the file has."""
-        return sum(key in state and state[key].shape == value.shape
-                   for key, value in wanted[name].items())
+    def matches(name):  # -> how many tensors of this architecture the file has
+        same = [key in state and state[key].shape == x.shape for key, x in wanted[name].items()]
+        return sum(same)
 
     found_arch = max(ARCHS, key=matches)  # of equals the first: the smallest
     for what, given, found in (("arch", arch, found_arch), ("stem", stem, found_stem)):
         if given not in (None, found):
             raise InputError(f"{path}: {what} {given} was asked for, but the file holds {found}")
-    check_state(path, state, wanted[found_arch], ignore=("fc.", "trans.", "fc1.", "fc2."))
+    check_state(path, state, wanted[found_arch])
     encoder = Encoder(found_arch, found_stem)
-    encoder.load_state_dict(state, strict=False)  # without num_batches_tracked, with fc, perhaps
+    encoder.load_state_dict(state, strict=False)  # num_batches_tracked may be missing
+    encoder.left_out = left_out
     return encoder
