@@ -39,10 +39,10 @@ RANGES = {  # of every script's numeric flags; "(" and ")": the end itself is no
     "[0, 1)": ("momentum",),
     "[0, 1]": ("tau_base", "query"),
     "[0, inf)": ("weight_decay", "lambda_att", "warmup_epochs", "seed", "workers", "keep_epochs",
-                 "knn_every", "label", "samples"),
+                 "knn_every", "label", "samples", "seeds"),
     "[1, inf)": ("epochs", "iterations", "batch_size", "accum_steps", "image_size", "min_size",
                  "rois", "blocks", "heads", "hidden_dim", "save_every", "log_every", "max_steps",
-                 "knn_images", "limit", "jobs"),
+                 "knn_images", "labels", "limit", "jobs"),
 }
 
 
@@ -342,12 +342,12 @@ def check_same_run(path, checkpoint, now, parts, free, defaults):
     keys = checkpoint if isinstance(checkpoint, dict) else ()
     missing = {"args", "step", "unreadable", *parts}.difference(keys)
     if missing:
-        missing = ", ".join(sorted(missing))
-        raise InputError(f"{path}: not a checkpoint of this script, without {missing}")
+        raise InputError(f"{path}: not a checkpoint of this script, without "
+                         f"{', '.join(sorted(missing))}")
     then = defaults | checkpoint["args"]
     names = {name for name in {*then, *now} if then.get(name) != now.get(name)}
-    moved = "data" in names and Path(now["data"]).is_dir() and "images" not in names
-    if moved:
+    moved = names & {"data", "images"} == {"data"} and Path(now["data"]).is_dir()
+    if moved and then["data"].partition(":")[0] not in NAMED_SETS:
         names.remove("data")
     changed = [f"{name} was {then.get(name)}, is {now.get(name)}"
                for name in sorted(names.difference(free))]
@@ -453,8 +453,7 @@ def average(meters, world):
 
 def check_finite(values, model, step):
     """Exit code 1 unless averaged meters, parameters and floating-point buffers are finite."""
-    tensors = [*model.parameters(), *model.buffers()]
-    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    floats = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     norms = torch.stack(torch._foreach_norm(floats))
     finite = bool(norms.isfinite().all()) and all(map(math.isfinite, values.values()))
     if agree(not finite):
