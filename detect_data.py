@@ -158,7 +158,7 @@ def open_coco(root, split, classes=None):
                              "more than once")
         if name not in classes:
             raise InputError(f"{path}: category {name!r} is none of the training set's: "
-                             f"{', '.join(classes)[:300]}")
+                             f"{', '.join(map(str, classes))[:300]}")
     labels = {number: classes.index(name) + 1 for number, name in categories}
     objects = {number: [] for number in sorted(files)}
     for number, annotation in annotations:
@@ -180,12 +180,13 @@ def read_object(annotation, labels, size, where):
     outline = annotation.get("segmentation")
     if label is None:
         raise InputError(f"{where}: its category is none of the file's")
-    if not are_numbers(box) or len(box) != 4:
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
         raise InputError(f"{where}: its bbox must be four numbers, not {box}")
+    fits = False
     if isinstance(outline, dict):
         fits = outline.get("size") == [size[1], size[0]] and "counts" in outline
-    else:
-        fits = bool(outline) and all(are_numbers(part) and len(part) >= 6 for part in outline)
+    elif isinstance(outline, list) and outline:
+        fits = all(isinstance(part, list) and len(part) >= 6 for part in outline)
     if not fits:
         raise InputError(f"{where}: no segmentation (polygons of three points or more, or run "
                          "lengths of the image's size), which masks need")
@@ -194,11 +195,9 @@ def read_object(annotation, labels, size, where):
             "crowd": bool(annotation.get("iscrowd", 0))}
 
 
-def are_numbers(values):
-    """Whether something read from JSON is a list of finite numbers."""
-    if not isinstance(values, list):
-        return False
-    return all(isinstance(one, (int, float)) and math.isfinite(one) for one in values)
+def is_number(value):
+    """Whether something read from JSON is a finite number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def open_sources(data, protocol):

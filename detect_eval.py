@@ -538,8 +538,8 @@ def main(argv=None):
     last_line = ending(args, done, signalled=bool(agree(bool(signals))))
     if scores is not None:
         metric = "VOC07, 11 points of recall" if args.protocol == "voc-c4" else "COCO"
-        result = {**scores, "metric": metric, **vars(args), "max_size": MAX_SIZE,
-                  "val_images": len(val), **versions(world, device)}
+        result = {**scores, "metric": metric, "encoder": args.pretrained, **vars(args),
+                  "max_size": MAX_SIZE, "val_images": len(val), **versions(world, device)}
         write_line(log, result)
         last_line = json.dumps(result)
     if rank == 0:

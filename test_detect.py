@@ -205,10 +205,10 @@ def falling(fall, again, warm, steps=20):
 def watched(monkeypatch):
     """What reaches the detector and the optimiser in a run whose forward pass is left out.
 
-    model; batches: of each step, pairs of an image and its number; optimizer; groups: of each step,
-    the settings of its parameter groups.
+    model; batches: of each step, pairs of an image and its number; seeds: of each step; optimizer;
+    groups: of each step, the settings of its parameter groups.
     """
-    seen = SimpleNamespace(model=None, batches=[], optimizer=None, groups=[])
+    seen = SimpleNamespace(model=None, batches=[], seeds=[], optimizer=None, groups=[])
     plain = detect_eval.collate
 
     def collate(samples):
@@ -218,6 +218,7 @@ def watched(monkeypatch):
 
     def forward(model, images, targets):
         seen.model = model
+        seen.seeds.append(torch.initial_seed())
         return {"loss_a": next(model.parameters()).sum(), "loss_b": 0 * images[0].sum()}
 
     def before(optimizer, args, kwargs):
@@ -258,7 +259,7 @@ def only(values):
                                              ("coco-fpn", (13, 18))])
 def test_the_protocol_is_mocos(protocol, falls, watched, tmp_path, monkeypatch):
     """As a run by default really has it, over a whole schedule of 20 steps."""
-    source = scenes(32)
+    source = scenes(40)
     monkeypatch.setattr(detect_eval, "open_sources", lambda *where: (source, source))
     detect_eval.main(["--pretrained", "random", "--arch", "thin", "--protocol", protocol,
                       "--iterations", "20", "--out", str(tmp_path)])
@@ -272,6 +273,10 @@ def test_the_protocol_is_mocos(protocol, falls, watched, tmp_path, monkeypatch):
     found["SOLVER.WEIGHT_DECAY_NORM"], found["SOLVER.WEIGHT_DECAY"] = only(norms), only(others)
     rates = [only(group["lr"] for group in groups) for groups in watched.groups]
     found["SOLVER.BASE_LR"] = max(rates)
+    numbers = [[number for _, number in images] for images in watched.batches]
+    for first, second in zip(numbers[::2], numbers[1::2]):  # an epoch has two whole batches
+        assert len({*first, *second}) == 32
+    assert len(set(map(tuple, numbers))) == 20 == len(set(watched.seeds))
     flips = []
     for images in watched.batches:
         for image, number in images:
@@ -428,7 +433,7 @@ def test_the_last_line_tells_all(few, tmp_path, capsys):
     result = json.loads(printed)
     expected = {
         "metric": "VOC07, 11 points of recall", "protocol": "voc-c4", "protocol_version": 1,
-        "pretrained": str(encoder), "sha256": hashlib.sha256(encoder.read_bytes()).hexdigest(),
+        "encoder": str(encoder), "sha256": hashlib.sha256(encoder.read_bytes()).hexdigest(),
         "arch": "thin", "data": "shapes:5", "images": 5, "val_images": 3, "iterations": 1,
         "batch_size": 2, "lr": 0.002, "min_size": [32, 64], "max_size": 1333, "rois": 4, "seed": 3,
         "precision": "fp32", "world_size": 1, "torch": torch.__version__,

@@ -297,6 +297,7 @@ NO_MASK = r"instances_{}2017.json: image 7, annotation 2: no segmentation"
 REFUSED = [
     ("val", new_categories("toothbrush", "cars"), "'cars' is none of the training set's: car, to"),
     ("val", new_categories("toothbrush", "car", "cat"), "'cat' is none of the training set's"),
+    ("val", new_categories("toothbrush", "car", 7), "7 is none of the training set's: car, to"),
     ("val", new_categories("toothbrush", "toothbrush"), "'toothbrush'.* more than once"),
     ("train", new_categories("car", "car"), "train2017.json: category 'car'.* more than once"),
     ("train", new_categories("car", "cat", ids=(3, 3)), "category 'ca[rt]'.* more than once"),
@@ -308,6 +309,7 @@ REFUSED = [
     ("train", annotation(1, segmentation={}), NO_MASK.format("train")),
     ("train", annotation(1, segmentation=[[1, 2, 3, 4]]), NO_MASK.format("train")),  # not a box
     ("train", annotation(1, segmentation=[1, 2, 3, 4, 5, 6]), NO_MASK.format("train")),
+    ("train", annotation(1, segmentation=7), NO_MASK.format("train")),
     ("train", annotation(1, segmentation={"size": [60, 48], "counts": [2880]}), "run lengths of"),
     ("val", annotation(1, bbox=...), "annotation 2: its bbox must be four numbers, not None"),
     ("val", annotation(1, bbox=[1, 2, "3", 4]), "annotation 2: its bbox"),
