@@ -63,18 +63,16 @@ def add_data_arguments(add):
     add("--data-root", default="data", metavar="DIR",
         help="where cifar10, stl10 and imagenette are downloaded to (default ./data)")
     add("--image-size", type=int, nargs="+", metavar="PX",
-        help="one or two (height, width) multiples of 32, of 8 with --stem cifar (default: by "
-             "--data; 224 for a folder)")
+        help="one or two (height, width) multiples of 32, of 8 with a cifar stem; see --data")
 
 
 def add_run_arguments(add):
     """--precision, --workers, --seed, --log-every, --max-steps, --out: for all that train."""
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
-        help="auto: bf16 on a GPU that has it, fp16 with a gradient scaler on other GPUs, fp32 on "
-             "a CPU")
+        help="auto: bf16, fp16 with a scaler on GPUs that lack it, fp32 on a CPU")
     add("--workers", type=int,
-        help="loading processes per rank (default: the rank's share of the cores, at most "
-             f"{MOST_WORKERS}; 0 on a CPU, whose training they would slow down)")
+        help=f"loading processes a rank; default: its share of the cores, up to {MOST_WORKERS}; "
+             "0 on a CPU, whose training they would slow down")
     add("--seed", type=int, default=0, help="of weights, order and views (default 0)")
     add("--log-every", type=int, default=10, metavar="STEPS", help="between log lines (default 10)")
     add("--max-steps", type=int, metavar="N",
@@ -241,8 +239,7 @@ def same_on_all_ranks(**facts):
     for name in facts:
         for rank, other in enumerate(ranks):
             if other[name] != ranks[0][name]:
-                fail(f"{name}: rank 0 has {ranks[0][name]}, rank {rank} has {other[name]}: all "
-                     "ranks need the same")
+                fail(f"{name}: rank 0 has {ranks[0][name]}, rank {rank} has {other[name]}")
 
 
 def parallelise(model, world, device):
@@ -384,20 +381,24 @@ def checkpoint_of(args, step, parts, unreadable, **more):
 
 
 def open_encoder(pretrained, arch, stem, seed):
-    """The encoder of --pretrained, and its file's sha256 (random: None)."""
+    """The encoder of --pretrained, and the sha256 of its tensors, whatever file they lie in."""
     if pretrained == "random":
         torch.manual_seed(seed)
-        return Encoder(arch or "resnet50", stem or "imagenet"), None
-    encoder = load_encoder(pretrained, arch, stem)
-    return encoder, hashlib.sha256(Path(pretrained).read_bytes()).hexdigest()
+        encoder = Encoder(arch or "resnet50", stem or "imagenet")
+    else:
+        encoder = load_encoder(pretrained, arch, stem)
+    if getattr(encoder, "left_out", None) and is_rank_0():
+        print(f"note: {pretrained}: left out {', '.join(encoder.left_out)}", file=sys.stderr)
+    digest = hashlib.sha256()
+    for name, tensor in encoder.state_dict().items():
+        if not name.endswith("num_batches_tracked"):  # no feature depends on it; some files lack it
+            digest.update(name.encode() + tensor.numpy().tobytes())
+    return encoder, digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------- log
 def open_log(out, args, step, total_steps, world, device):
-    """Begin log.jsonl or, after step 0, cut later and broken lines off it; add a header.
-
-    -> its path, and the lines that were kept, as dicts (on rank 0; elsewhere none).
-    """
+    """Begin log.jsonl, or cut it after `step`; add a header. -> path; on rank 0, lines kept."""
     path, kept = Path(out) / "log.jsonl", []
     with user_errors():
         if is_rank_0():
@@ -464,10 +465,7 @@ def check_finite(values, model, step):
 
 # ------------------------------------------------------------------------------------------ loading
 def load_batches(dataset, sampler, workers, device, collate_fn=collate):
-    """Batches of a Stream, by workers that live as long as the run.
-
-    What went wrong while reading (InputError, OSError) is raised here, wherever it happened.
-    """
+    """Batches of a Stream; an InputError or OSError of whichever process reads is raised here."""
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate_fn,
                         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     for batch in loader:

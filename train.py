@@ -327,7 +327,8 @@ def main(argv=None):
         bar.update()
 
         logging = done % args.log_every == 0 or done == total_steps
-        saving = done % args.save_every == 0 or done == stop
+        scoring = knn_steps > 0 and done % knn_steps == 0  # it may be interrupted: save first
+        saving = done % args.save_every == 0 or done == stop or scoring
         keeping = args.keep_epochs > 0 and done % (args.keep_epochs * steps_per_epoch) == 0
         if not (logging or saving or keeping):
             continue
