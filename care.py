@@ -28,6 +28,7 @@ Shapes: B batch, C channels, H W feature grid, N = H*W tokens, h heads, d head w
 """
 import argparse
 import copy
+import errno
 import math
 import os
 import pathlib
@@ -493,10 +494,10 @@ def load_checkpoint(path):
     try:
         with torch.serialization.safe_globals([(call, name) for name, call in HARMLESS.items()]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # whatever foreign bytes make the unpickler raise
-        text = re.sub("\x1b[^m]*m", "", str(error)) or type(error).__name__  # without colours
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is of a short file
+            raise
+        text = str(error) or type(error).__name__
     if refused := re.search(r"GLOBAL (\S+)", text):
         raise InputError(f"{path}: holds more than tensors and numbers: {refused[1]} is not loaded;"
                          " save the weights alone, by torch.save(model.state_dict(), FILE)")
@@ -505,7 +506,7 @@ def load_checkpoint(path):
 
 
 def check_state(path, state, wanted):
-    """InputError unless `state` has the keys (num_batches_tracked aside) and shapes of `wanted`."""
+    """InputError unless `state` is finite, with the keys (counts aside) and shapes of `wanted`."""
     missing = [key for key in wanted if key not in state and "num_batches_tracked" not in key]
     extra = [key for key in state if key not in wanted]
     both = [key for key in wanted if key in state]
