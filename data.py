@@ -39,7 +39,7 @@ PAPER = {
     "crop_min": 0.08, "knn_every": 0, "knn_images": 50000, "labels": None, "head": "linear-bn",
     "linear_epochs": 80}
 MINUTES = PAPER | {  # what the embedded sets share: some hundred steps, small images, few labels
-    "arch": "resnet18", "hidden_dim": 512, "batch_size": 32, "base_lr": 0.2, "tau_base": 0.9,
+    "arch": "resnet18", "hidden_dim": 512, "batch_size": 32, "base_lr": 0.2, "tau_base": 0.8,
     "crop_min": 0.3, "knn_every": 1, "knn_images": 1000, "labels": 1000, "head": "linear",
     "linear_epochs": 40}
 SMALL = PAPER | {  # small crops of small images show next to nothing
@@ -47,7 +47,7 @@ SMALL = PAPER | {  # small crops of small images show next to nothing
     "knn_every": 10, "knn_images": 5000}
 RECIPES = {
     "folder": PAPER,
-    "shapes": MINUTES | {"image_size": 32, "epochs": 6},  # 750 steps
+    "shapes": MINUTES | {"image_size": 32, "epochs": 7},  # 875 steps
     "clutter": MINUTES | {"image_size": 64, "epochs": 8},  # 1,000 steps, 16 positions at conv4
     "cifar10": SMALL | {"stem": "cifar", "image_size": 32},
     "stl10": SMALL | {"image_size": 96, "epochs": 100, "knn_every": 5},
