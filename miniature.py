@@ -158,6 +158,7 @@ def parse_args(argv=None):
     add("--only", choices=TABLES, nargs="+", help="these tables (default: all)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     add("--jobs", type=int, default=1, help="jobs side by side; on a CPU they share its cores")
+    add("--data", default="clutter", help="clutter, or clutter:N for a quick try")
     add("--runs", default="runs/miniature", help="where the runs are (default runs/miniature)")
     add("--results", default="docs/miniature.json",
         help="a line per finished job; the page is made beside it, as .md")
@@ -193,14 +194,14 @@ def commands(args, encoder, score, seed):
     before, pretrained = [], "random"
     if encoder in PRETRAINED:
         flags = PRETRAINED[encoder] + args.train_flags.split()
-        before = [["train.py", "--data", "clutter", "--seed", str(seed), *flags, "--out", folder]]
+        before = [["train.py", "--data", args.data, "--seed", str(seed), *flags, "--out", folder]]
         pretrained = f"{folder}/encoder.pth"
     scoring = [*SCORERS[score], "--pretrained", pretrained, "--seed", str(seed)]
     name = score.replace(" %", "percent")
     if score == "figure":
         scoring += ["--images", "clutter", "--image-size", "64", "--out", f"{folder}/{name}.png"]
     else:
-        scoring += ["--data", "clutter", "--out", f"{folder}/{name}"]
+        scoring += ["--data", args.data, "--out", f"{folder}/{name}"]
     if pretrained == "random":
         scoring += ["--arch", "resnet18"]
     return before, scoring
@@ -339,7 +340,8 @@ def cost(results):
         runs = {(line["encoder"], line["seed"]): line["pretraining_seconds"] for line in here}
         hours = (sum(runs.values()) + sum(line["seconds"] for line in here)) / 3600
         lines.append(f"- {name}: {len(here)} scores of {len(runs)} encoders, {hours:.1f} hours.")
-    example = results.get(("care", "linear", 0)) or next(iter(results.values()))
+    ours = [line for line in results.values() if line["encoder"] == "care"]
+    example = (ours or list(results.values()))[0]
     return [*lines, "", "The commands of one cell:", "", "```sh", *example["commands"], "```", ""]
 
 

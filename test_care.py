@@ -724,7 +724,8 @@ class ForgedType:
         return np.dtype, ("V8", False, True), (3, "|", None, ("f",), fields, 8, 1, 0)
 
 
-# ------------------------------------------------------------------------------------- data, views, stream
+# ----------------------------------------------------------------------------- data, views, stream
+CHANNEL_STD = torch.tensor(data.IMAGENET_STD).view(3, 1, 1)
 SHAPES_LEVELS = [  # green of the first ten training images at 64 px, on a 3x3 grid of pixels
     [83, 140, 137, 86, 103, 150, 122, 83, 150], [99, 193, 134, 96, 166, 136, 193, 136, 138],
     [111, 118, 119, 109, 71, 71, 148, 71, 149], [138, 98, 139, 109, 98, 110, 140, 168, 98],
@@ -753,19 +754,19 @@ def test_shapes_are_functions_of_split_and_index():
 
 def row(**values):
     """One view's parameters as `draw` gives them, neutral unless said otherwise."""
-    neutral = dict(jitter=0, brightness=1, contrast=1, saturation=1, hue=0, order=0, gray=0, sigma=0,
-                   solarize=0)
+    neutral = {"jitter": 0, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0, "order": 0,
+               "gray": 0, "sigma": 0, "solarize": 0}
     return [float((neutral | values)[name]) for name in data.PARAMETERS]
 
 
 def batched(images, rows):
     """`augment` on a batch of PIL images, de-normalised to 0..1."""
     x = data.augment(torch.stack([TF.pil_to_tensor(image) for image in images]), torch.tensor(rows))
-    return x * torch.tensor(data.IMAGENET_STD).view(3, 1, 1) + torch.tensor(data.IMAGENET_MEAN).view(3, 1, 1)
+    return x * CHANNEL_STD + torch.tensor(data.IMAGENET_MEAN).view(3, 1, 1)
 
 
 def test_device_jitter_is_torchvisions():
-    """Against torchvision's float operations, in all 24 orders, to 1e-4: its luma weights have 4 digits."""
+    """Against torchvision's float operations, in all 24 orders, to 1e-4: its luma has 4 digits."""
     rng = np.random.RandomState(0)
     images = [photo(i) for i in range(24)]
     rows = [row(jitter=1, brightness=rng.uniform(0.6, 1.4), contrast=rng.uniform(0.6, 1.4),
@@ -780,13 +781,13 @@ def test_device_jitter_is_torchvisions():
 
 
 def test_device_gray_solarize_flip_and_normalisation():
-    """To 1.1e-4, torchvision's first luma weight being 0.2989, not 0.299; at solarize's jump, either side."""
+    """To 1.1e-4: torchvision's first luma weight is 0.2989. At solarize's jump, either side."""
     images = [photo(i) for i in range(4)]
     found = batched(images, [row(gray=1), row(solarize=1), row(gray=1, solarize=1), row()])
     gray = TF.rgb_to_grayscale(TF.to_tensor(images[2]), 3)
     solarized = torch.where((gray - 128 / 255).abs() < 2e-4, found[2], TF.solarize(gray, 128 / 255))
-    expected = [TF.rgb_to_grayscale(TF.to_tensor(images[0]), 3), TF.to_tensor(TF.solarize(images[1], 128)),
-                solarized, TF.to_tensor(images[3])]
+    expected = [TF.rgb_to_grayscale(TF.to_tensor(images[0]), 3),
+                TF.to_tensor(TF.solarize(images[1], 128)), solarized, TF.to_tensor(images[3])]
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=0, atol=1.1e-4)
     assert torch.equal(TF.normalize(TF.to_tensor(images[3]), data.IMAGENET_MEAN, data.IMAGENET_STD),
@@ -794,57 +795,63 @@ def test_device_gray_solarize_flip_and_normalisation():
 
 
 def test_device_blur_is_torchvisions():
-    """Against torchvision's Gaussian blur to 1e-5; PIL's, repeated box filters, to 6 gray levels, mean 1."""
+    """Against torchvision's to 1e-5; PIL's, repeated box filters, to 6 gray levels, mean 1."""
     images = [photo(i, 224, 224) for i in range(4)]
     sigmas = (0.1, 0.5, 1.2, 2.0)
     found = batched(images, [row(sigma=sigma) for sigma in sigmas])
     for image, sigma, blurred in zip(images, sigmas, found):
         expected = TF.gaussian_blur(TF.to_tensor(image), 13, sigma)
         torch.testing.assert_close(blurred, expected, rtol=0, atol=1e-5)
-        difference = (blurred - TF.to_tensor(image.filter(ImageFilter.GaussianBlur(sigma)))).abs() * 255
+        by_pil = TF.to_tensor(image.filter(ImageFilter.GaussianBlur(sigma)))
+        difference = (blurred - by_pil).abs() * 255
         assert difference.max() < 6 and difference.mean() < 1
 
 
 def test_device_and_worker_views_are_the_same_views():
-    """--augment device against worker, one sample: PIL rounds to 8 bits at every step; mean 2 gray levels."""
+    """--augment device against worker: PIL rounds to 8 bits at every step; mean 2 gray levels."""
     for size in ((64, 64), (64, 96)):
         source = data.Shapes("train", 16, 64)
-        views = {mode: data.Stream(source, data.TwoViews(size, mode), 0, 16) for mode in ("device", "worker")}
+        views = {mode: data.Stream(source, data.TwoViews(size, mode), 0, 16)
+                 for mode in ("device", "worker")}
         crops, parameters = zip(*(views["device"][n][0] for n in range(16)))
         expected = torch.stack([views["worker"][n][0][0] for n in range(16)])
         for i in (0, 1):
             found = data.augment(torch.stack(crops)[:, i], torch.stack(parameters)[:, i])
             assert found.shape[2:] == size
-            difference = (found - expected[:, i]).abs() * torch.tensor(data.IMAGENET_STD).view(3, 1, 1) * 255
+            difference = (found - expected[:, i]).abs() * CHANNEL_STD * 255
             assert difference.mean() < 2 and difference.flatten(1).mean(1).max() < 6
 
 
 def test_drawn_parameters_have_the_references_distribution():
-    """4,000 samples against torchvision's ColorJitter and the paper's probabilities; bounds about 4 sigma."""
+    """4,000 samples against torchvision's ColorJitter and the paper's chances; about 4 sigma."""
     image = Image.new("RGB", (32, 32))
     stream = data.Stream([(image, 0)], data.TwoViews((32, 32)), seed=3, per_epoch=1)
     drawn = torch.stack([stream[n][0][1] for n in range(4000)])  # (4000, 2, 9)
-    for i, probability in ((0, dict(jitter=0.8, gray=0.2, sigma=1.0, solarize=0.0)),
-                           (1, dict(jitter=0.8, gray=0.2, sigma=0.1, solarize=0.2))):
+    for i, probability in ((0, {"jitter": 0.8, "gray": 0.2, "sigma": 1.0, "solarize": 0.0}),
+                           (1, {"jitter": 0.8, "gray": 0.2, "sigma": 0.1, "solarize": 0.2})):
         p = dict(zip(data.PARAMETERS, drawn[:, i].unbind(1)))
         for name, expected in probability.items():
             assert abs((p[name] > 0).float().mean() - expected) <= 0.027
-        for name, low, high in (("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.8, 1.2),
-                                ("hue", -0.1, 0.1)):
-            assert p[name].min() >= low and p[name].max() <= high
+        ranges = (("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.8, 1.2),
+                  ("hue", -0.1, 0.1))
+        for name, low, high in ranges:
             uniform = torch.linspace(low, high, 4001)[1:] - (high - low) / 8000
-            assert (p[name].sort().values - uniform).abs().max() < 0.035 * (high - low)  # Kolmogorov-Smirnov
+            # Kolmogorov-Smirnov
+            assert (p[name].sort().values - uniform).abs().max() < 0.035 * (high - low)
         assert (torch.bincount(p["order"].long(), minlength=24) - 4000 / 24).abs().max() < 55
         sigma = p["sigma"][p["sigma"] > 0] * 224 / 32
         assert sigma.min() >= 0.1 and sigma.max() <= 2.0 and abs(sigma.mean() - 1.05) < 0.12
     two = drawn.reshape(4000, -1)[:, [1, 2, 10, 11]].T
     assert torch.corrcoef(two).fill_diagonal_(0).abs().max() < 0.07  # the two views are independent
-    assert torch.corrcoef(torch.stack((drawn[1:, 0, 1], drawn[:-1, 0, 1])))[0, 1].abs() < 0.07  # samples too
+    neighbours = torch.stack((drawn[1:, 0, 1], drawn[:-1, 0, 1]))
+    assert torch.corrcoef(neighbours)[0, 1].abs() < 0.07
 
 
 def extent(crop):
-    """What a crop spans of an image whose channels are x and y: width (negative if flipped) and height."""
-    return crop[:, -1, 0].mean() - crop[:, 0, 0].mean(), crop[-1, :, 1].mean() - crop[0, :, 1].mean()
+    """Width (negative if flipped) and height that a crop spans of an image of channels x and y."""
+    width = crop[:, -1, 0].mean() - crop[:, 0, 0].mean()
+    height = crop[-1, :, 1].mean() - crop[0, :, 1].mean()
+    return width, height
 
 
 def test_crops_and_flips_have_the_references_distribution():
@@ -867,12 +874,14 @@ def test_crops_and_flips_have_the_references_distribution():
 
 
 def test_stream_visits_every_image_once_an_epoch():
-    stream = data.Stream(data.Shapes("train", 23, 32), data.TwoViews((32, 32)), seed=5, per_epoch=20)
+    source = data.Shapes("train", 23, 32)
+    stream = data.Stream(source, data.TwoViews((32, 32)), seed=5, per_epoch=20)
     epochs = [[stream.index(n) for n in range(epoch * 20, epoch * 20 + 20)] for epoch in range(3)]
     assert all(len(set(epoch)) == 20 for epoch in epochs) and epochs[0] != epochs[1]
     other = data.Stream(stream.source, stream.transform, seed=6, per_epoch=20)
     assert [other.index(n) for n in range(20)] != epochs[0]
-    assert all(map(torch.equal, stream[7][0], data.Stream(stream.source, stream.transform, 5, 20)[7][0]))
+    again = data.Stream(stream.source, stream.transform, 5, 20)
+    assert all(map(torch.equal, stream[7][0], again[7][0]))
     state = torch.get_rng_state()
     stream[3]
     assert torch.equal(state, torch.get_rng_state())
@@ -881,7 +890,8 @@ def test_stream_visits_every_image_once_an_epoch():
 def test_ranks_and_accumulation_cut_the_same_global_batches():
     whole = list(map(list, data.stream_batches(3, 6, 12)))
     for world, accum_steps in ((2, 1), (1, 2), (3, 2), (2, 3)):
-        parts = [list(data.stream_batches(3, 6, 12, rank, world, accum_steps)) for rank in range(world)]
+        parts = [list(data.stream_batches(3, 6, 12, rank, world, accum_steps))
+                 for rank in range(world)]
         assert all(len(part) == 3 * accum_steps for part in parts)
         for step in range(3):
             now = slice(step * accum_steps, (step + 1) * accum_steps)
@@ -890,12 +900,12 @@ def test_ranks_and_accumulation_cut_the_same_global_batches():
 
 
 # ---------------------------------------------------------------------------------- golden numbers
-# Outputs, losses, gradients and one step of the authors' released code (ResNet-50, 224 px), run once
-# in float64 on the two views of `view` with the weights of `fill`. eval: both branches in eval mode on
-# view 1, first eight numbers of sample 0. train_parts, train_total: train mode, both view orders, as
-# "x1->x2", where online sees x1; "L_att_momentum[x2]" is the momentum term for view x2. grad_norm,
-# grad_sum: of the total loss, by released name. after_step: norms after an SGD step (rate 0.05, momentum
-# 0.9, weight decay 1e-4) and a momentum update with tau 0.99.
+# Outputs, losses, gradients and one step of the authors' released code (ResNet-50, 224 px), run
+# once in float64 on the two views of `view` with the weights of `fill`. eval: both branches in
+# eval mode on view 1, first eight numbers of sample 0. train_parts, train_total: train mode, both
+# view orders, as "x1->x2", where online sees x1; "L_att_momentum[x2]" is the momentum term for
+# view x2. grad_norm, grad_sum: of the total loss, by released name. after_step: norms after an
+# SGD step (rate 0.05, momentum 0.9, weight decay 1e-4) and a momentum update with tau 0.99.
 GOLDEN = json.loads("""
 {"absolute": {"eval": {"pooled_mean": 1.7756194707011925, "pooled_std": 2.0517042837496957,
 "pooled_0_first8": [2.5540486228263752, 0.9189660064949041, 0.27411932877611356, 0.736994158516361,

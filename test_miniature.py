@@ -1,0 +1,81 @@
+"""miniature.py: two cells of a table from the scripts as a user starts them, and the page."""
+import json
+
+import pytest
+
+import miniature
+
+QUICK = ["--only", "table1", "--seeds", "0", "--data", "clutter:32"]
+TRAIN = "--epochs 1 --batch-size 16 --blocks 1 --hidden-dim 32 --knn-every 0"
+
+
+def test_two_cells_of_table_1(tmp_path, monkeypatch, capsys):
+    """Run once; the same command again starts nothing and writes the same page."""
+    rows = [row for row in miniature.TABLES["table1"]["rows"] if row[1] in ("random", "care")]
+    monkeypatch.setitem(miniature.TABLES["table1"], "columns", ["kNN"])
+    monkeypatch.setitem(miniature.TABLES["table1"], "rows", rows)
+    results = tmp_path / "results.json"
+    flags = [*QUICK, "--runs", str(tmp_path / "runs"), "--results", str(results)]
+    flags += ["--train-flags", TRAIN]
+    miniature.main(flags)
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(line["encoder"], line["seed"], line["score"]) for line in lines] == [
+        ("random", 0, "kNN"), ("care", 0, "kNN")]
+    for line in lines:
+        assert 0 < line["result"]["top1"] < 100 and line["result"]["labels"] == 32
+        assert line["result"]["arch"] == "resnet18" and line["result"]["image_size"] == [64, 64]
+    assert lines[0]["result"]["sha256"] != lines[1]["result"]["sha256"]
+    page = results.with_suffix(".md").read_text()
+    for line, name in zip(lines, ("random", "CARE")):
+        assert f"| {name} | {line['result']['top1']:.1f} ± 0.0 (1 seed) |" in page
+    assert "train.py --data clutter:32 --seed 0 --epochs 1" in page
+
+    monkeypatch.setattr(miniature, "start", lambda *_: pytest.fail("has been run"))
+    miniature.main(flags)
+    assert results.with_suffix(".md").read_text() == page
+
+
+def fake(encoder, *values):
+    """Finished linear scores of an encoder, one a seed."""
+    return {(encoder, "linear", seed): {"encoder": encoder, "seed": seed, "score": "linear",
+                                        "result": {"top1": value}, "seconds": 1, "machine": "m",
+                                        "pretraining_seconds": 0, "commands": ["python x"]}
+            for seed, value in enumerate(values)}
+
+
+@pytest.mark.parametrize("care, byol, word", [
+    ((72.0, 73.0, 74.0), (66.0, 67.0, 68.0), "agrees"),
+    ((66.0, 67.0, 68.0), (72.0, 73.0, 74.0), "disagrees"),
+    ((70.0, 75.0, 80.0), (69.0, 75.0, 79.0), "cannot be told"),
+    ((70.0,), (60.0, 61.0, 62.0), None),
+])
+def test_verdicts_are_honest_in_sign(care, byol, word):
+    """A difference below its standard error tells nothing; neither does a single seed."""
+    results = fake("care", *care) | fake("byol", *byol)
+    found = miniature.verdict(results, "care", "byol", "linear")
+    assert (found is None) if word is None else (f": {word} (" in found)
+
+
+def test_cells_are_means_and_standard_deviations():
+    results = fake("care", 70.0, 72.0, 74.0)
+    assert miniature.cell(results, "care", "linear") == "72.0 ± 2.0"
+    assert miniature.cell(results, "byol", "linear") == ""
+
+
+def test_every_table_is_made_of_known_encoders_and_columns():
+    for table in miniature.TABLES.values():
+        known = {encoder for _, encoder, _ in table["rows"]}
+        assert known <= {*miniature.PRETRAINED, "random", "supervised"}
+        assert set(table["columns"]) <= set(miniature.COLUMNS)
+        for better, worse, column in table["claims"]:
+            assert {better, worse} <= known and column in table["columns"]
+
+
+def test_a_job_that_fails_says_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(miniature.TABLES["table1"], "rows", [("CARE", "care", "-")])
+    flags = [*QUICK, "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results.json")]
+    with pytest.raises(SystemExit) as caught:
+        miniature.main([*flags, "--train-flags", "--batch-size 0"])
+    assert caught.value.code == 1
+    assert "--batch-size 0: must lie in" in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
