@@ -5,6 +5,7 @@ written whole or not at all), log.jsonl (a line of arguments and versions, then 
 and lock (held by a live process). The same command again goes on where last.pth stands.
 """
 import argparse
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -32,7 +33,6 @@ from data import NAMED_SETS, Failed, collate, file_of, recipe_of
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 MOST_WORKERS = 16  # loading processes per rank unless --workers asks for more
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # file systems without locks
 RANGES = {  # of every script's numeric flags; "(" and ")": the end itself is not allowed
     "(0, inf)": ("lr", "base_lr", "head_lr"),
     "(0, 1]": ("crop_min",),
@@ -177,11 +177,10 @@ def share_of_cores(ranks, rank):
 
     torchrun's ranks share all of the node's, Slurm's tasks have their own.
     """
-    mine, sharing = ranks[rank], 0
-    for other in ranks:
-        same_host = other["host"] == mine["host"]
-        sharing += same_host and not set(other["cores"]).isdisjoint(mine["cores"])
-    return max(1, len(mine["cores"]) // sharing)
+    mine = ranks[rank]
+    sharing = [other for other in ranks if other["host"] == mine["host"]
+               and not set(other["cores"]).isdisjoint(mine["cores"])]
+    return max(1, len(mine["cores"]) // len(sharing))
 
 
 def keep_memory():
@@ -218,8 +217,7 @@ def is_rank_0():
 def user_errors(code=2, what=""):
     """A mistake in the input, or a refusal of the system, on any rank: one line, and all ranks end.
 
-    Only InputError and OSError: a slip in the code is a traceback. Every rank enters and leaves
-    this together; no other exchange between ranks may stand inside.
+    Only InputError and OSError: a slip is a traceback. Inside, ranks exchange nothing else.
     """
     message = None
     try:
@@ -227,10 +225,8 @@ def user_errors(code=2, what=""):
     except (InputError, OSError) as error:
         message = f"{what}{error}"
     messages = [one for one in gather(message) if one is not None]
-    if messages and is_rank_0():
-        print(f"error: {messages[0]}", file=sys.stderr, flush=True)
     if messages:
-        raise SystemExit(code)
+        fail(messages[0], code)
 
 
 def same_on_all_ranks(**facts):
@@ -302,7 +298,7 @@ def open_run(out):
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise InputError(f"--out {out}: another process is running in this directory") from None
-        if error.errno not in NO_LOCKS:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
         print(f"warning: {lock.name}: no locks here ({error.strerror}): no other run may use this "
               "directory", file=sys.stderr)
@@ -430,9 +426,8 @@ def write_line(path, fields):
 
 def versions(world, device):
     """What a log's first line says about the machine."""
-    name = f"CPU, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    threads = f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     return {"torch": torch.__version__, "torchvision": torchvision.__version__,
             "numpy": numpy.__version__, "world_size": world, "device": name}
 
@@ -468,10 +463,18 @@ def load_batches(dataset, sampler, workers, device, collate_fn=collate):
     """Batches of a Stream; an InputError or OSError of whichever process reads is raised here."""
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate_fn,
                         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+    atexit.register(kill_workers)
     for batch in loader:
         if isinstance(batch, Failed):
             raise batch.error
         yield batch
+
+
+def kill_workers():
+    """At exit after a slip: workers ignore the SIGTERM after which Python waits for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would complain
+    for worker in torch.multiprocessing.active_children():
+        worker.kill()
 
 
 class Unreadable:
@@ -485,9 +488,8 @@ class Unreadable:
         for index, reason in bad:
             if index not in self.known:
                 self.known.add(index)
-                file = file_of(self.dataset.source, index)
-                print(f"warning: cannot read {file} ({reason}), taking the next image",
-                      file=sys.stderr)
+                print(f"warning: cannot read {file_of(self.dataset.source, index)} ({reason}), "
+                      "taking the next image", file=sys.stderr)
 
     def count(self):
         """How many, over all ranks, each of which calls this. Exit code 2 beyond 1 % (and one)."""

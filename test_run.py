@@ -1,0 +1,725 @@
+"""run.py through train.py: resuming, ranks, mistakes and slips, outages, signals, kills."""
+import argparse
+import errno
+import importlib
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import care
+import data
+import run
+import shapes
+import train
+from care import InputError
+from conftest import (HERE, SMALL, Code, images, memory, refused, same_encoder, same_log,
+                      single_thread, slow, start, steps, torchrun, train_small, wait_for_step)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+KNOWN = ["resnet18" if flag == "thin" else flag for flag in SMALL]  # to processes not forked here
+LONG = [*SMALL, "--workers", "1", "--epochs", "8", "--save-every", "2"]  # 32 steps
+
+
+# ------------------------------------------------------------------------------ resuming, and ranks
+def test_same_losses_for_any_number_of_workers(reference, tmp_path):
+    for workers in (1, 2):
+        train_small(tmp_path / f"{workers}", "--workers", workers)
+        assert same_log(tmp_path / f"{workers}", reference)
+        assert same_encoder(tmp_path / f"{workers}", reference)
+
+
+def test_resume_is_exact(reference, tmp_path):
+    for stop in (1, 4, 7):
+        train_small(tmp_path, "--max-steps", stop)
+        assert [line["step"] for line in steps(tmp_path)] == list(range(1, stop + 1))
+    train_small(tmp_path)
+    assert same_log(tmp_path, reference) and same_encoder(tmp_path, reference)
+    train_small(tmp_path)  # a finished run stays as it is
+    assert same_log(tmp_path, reference) and same_encoder(tmp_path, reference)
+
+
+def test_resume_is_exact_with_large_relative_tables(tmp_path):
+    """256 positions at conv4: a gather by index has an inexact backward from 32,768 elements on."""
+    flags = ["--image-size", 256, "--position", "relative", "--blocks", 1, "--batch-size", 4,
+             "--epochs", 3, "--data", "shapes:4"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_small(whole, *flags)
+    train_small(parts, *flags, "--max-steps", 2)
+    train_small(parts, *flags)
+    assert same_log(parts, whole) and same_encoder(parts, whole)
+
+
+def rewrite(path, **changes):
+    """Change entries of a checkpoint's arguments; None removes one."""
+    checkpoint = torch.load(path, weights_only=True)
+    args = {name: value for name, value in (checkpoint["args"] | changes).items()
+            if value is not None or name == "bench"}
+    torch.save(checkpoint | {"args": args}, path)
+
+
+def test_arguments_younger_than_a_checkpoint(tmp_path, capsys):
+    """Absent, they were the paper's; train.py --bench was an argument once."""
+    old = {"hidden_dim": None, "knn_every": None, "knn_images": None, "bench": None}
+    train_small(tmp_path / "paper", "--hidden-dim", 4096, "--max-steps", 1)
+    rewrite(tmp_path / "paper" / "last.pth", **old)
+    lines = train_small(tmp_path / "paper", "--hidden-dim", 4096, "--max-steps", 2)
+    assert [line["step"] for line in lines] == [1, 2]
+    train_small(tmp_path / "other", "--max-steps", 1)
+    rewrite(tmp_path / "other" / "last.pth", **old)
+    capsys.readouterr()
+    refused(capsys, *SMALL, "--out", tmp_path / "other", match=r"\(hidden_dim was 4096, is 64\)")
+
+
+def test_data_is_where_it_lies_however_it_is_written(tmp_path, capsys, monkeypatch):
+    """Moved with as many images: one line says so. Another number, or a named set: refused."""
+    monkeypatch.chdir(tmp_path)
+    images(tmp_path / "flat", 17)
+    for stop, name in enumerate(("flat", "flat/", str(tmp_path / "flat"), "./flat/../flat"), 1):
+        assert train_small("run", "--data", name, "--max-steps", stop)[-1]["step"] == stop
+    assert capsys.readouterr().err == ""
+    (tmp_path / "flat").rename("moved")
+    (tmp_path / "flat").symlink_to("moved")
+    train_small("run", "--data", "flat", "--max-steps", 3)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "flat").unlink()
+    rewrite("run/last.pth", data="flat")
+    train_small("run", "--data", "moved")
+    assert capsys.readouterr().err == "note: the data has moved from flat to moved\n"
+    (tmp_path / "moved" / "016.png").unlink()
+    flags = [*SMALL, "--out", "run", "--data"]
+    refused(capsys, *flags, "moved", match="images was 17, is 16")
+    train_small("rendered", "--data", "shapes:16", "--max-steps", 1)
+    capsys.readouterr()
+    refused(capsys, *SMALL, "--out", "rendered", "--data", "moved",
+            match="data was shapes:16, is moved")
+
+
+def test_a_directory_with_another_run_is_left_alone(reference, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(reference, out)
+    before = (out / "last.pth").read_bytes()
+    flags = [*SMALL, "--out", out]
+    refused(capsys, *flags, "--method", "byol", match="method was care, is byol")
+    line = refused(capsys, *flags, "--seed", 1, "--lambda-att", 10,
+                   match="lambda_att was 100.0, is 10.0")
+    assert "seed was 0, is 1" in line
+    (out / "last.pth").write_bytes(before[:100_000])
+    refused(capsys, *flags, match="last.pth: truncated")
+    assert (out / "last.pth").read_bytes() == before[:100_000]
+    assert (out / "log.jsonl").read_bytes() == (reference / "log.jsonl").read_bytes()
+
+
+def test_a_broken_checkpoint_says_what_is_wrong(reference, tmp_path, capsys):
+    good = torch.load(reference / "last.pth", weights_only=True)
+    key = "online.encoder.conv1.weight"
+    for value, match in ((good["model"][key] * math.nan, f"not finite: {key}"),
+                         (torch.zeros(64, 3, 5, 5), r"is \(64, 3, 5, 5\), not"),
+                         (None, f"missing {key}")):
+        model = {name: entry for name, entry in (good["model"] | {key: value}).items()
+                 if entry is not None}
+        torch.save(good | {"model": model}, tmp_path / "last.pth")
+        refused(capsys, *SMALL, "--out", tmp_path, match=f"last.pth: .*{match}")
+    torch.save({"model": good["model"]}, tmp_path / "last.pth")
+    refused(capsys, *SMALL, "--out", tmp_path, match="last.pth: not a checkpoint of this script")
+    (tmp_path / "last.pth").write_bytes(pickle.dumps(Code(str(tmp_path / "ran")), protocol=2))
+    refused(capsys, *SMALL, "--out", tmp_path, match="last.pth: .*more than tensors")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_rank_0_reads_for_all(two_ranks, tmp_path):
+    """Ranks with directories of their own, without a checkpoint or with an older one: its step."""
+    flags, whole = two_ranks
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    for stop in (1, 5, 8):
+        result = torchrun(2, "train.py", *flags, "--out", "run", "--max-steps", stop,
+                          folders=folders)
+        assert result.codes == [0, 0], result.stderr
+        if stop == 1:  # from now on rank 1 has another run's step
+            assert not (folders[1] / "run").exists()
+            shutil.copytree(folders[0] / "run", folders[1] / "run")
+    assert same_log(folders[0] / "run", whole) and same_encoder(folders[0] / "run", whole)
+    assert torch.load(folders[1] / "run" / "last.pth", weights_only=True)["step"] == 1
+
+
+# --------------------------------------------------------------------- mistakes of users, and slips
+def test_bad_data(tmp_path, capsys):
+    flags = [*SMALL, "--out", tmp_path / "run", "--data"]
+    refused(capsys, *flags, tmp_path / "nowhere", match="nowhere: no such folder")
+    (tmp_path / "empty").mkdir()
+    refused(capsys, *flags, tmp_path / "empty", match="no images")
+    images(tmp_path / "few", 3)
+    refused(capsys, *flags, tmp_path / "few", match="3 images, fewer than --batch-size 8")
+    refused(capsys, *flags, "shapes:many", match="number of training images")
+    refused(capsys, *flags, tmp_path / "few", "--batch-size", 2, "--knn-every", 1, match="few")
+
+
+@pytest.mark.parametrize("flags, match", [
+    (["--batch-size", 9, "--accum-steps", 2], "--batch-size 9: must be a multiple of 1 ranks x 2"),
+    (["--batch-size", 1], "at least 2 images"),
+    (["--image-size", 48], "multiples of 32"),
+    (["--image-size", 36, "--stem", "cifar"], "multiples of 8"),
+    (["--image-size", 32, 32, 32], "one or two numbers"),
+    (["--precision", "fp16"], "fp16 needs a GPU"),
+    (["--warmup-epochs", 2], "--warmup-epochs 2: must be below --epochs 2"),
+    (["--method", "sequential", "--tap", "conv4"], "sequential always reads conv5"),
+    (["--method", "sequential", "--detach-trunk"], "sequential always reads conv5"),
+    (["--arch", "alexnet"], "invalid choice"),
+    (["--lam", 5], "unrecognized arguments"),
+])
+def test_bad_arguments(flags, match, tmp_path, capsys):
+    refused(capsys, *SMALL, "--out", tmp_path, *flags, match=match)
+
+
+class Parser(Exception):
+    """Carries the parser of a script out of it."""
+
+
+def parser_of(script):
+    """The argument parser of a script, as it is when the command line is read."""
+    def caught(parser, *_):
+        raise Parser(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", caught)
+        with pytest.raises(Parser) as found:
+            script.main([])
+    return found.value.args[0]
+
+
+def just_outside(action):
+    """The nearest values that run.RANGES does not allow a flag."""
+    interval, = (key for key, names in run.RANGES.items() if action.dest in names)
+    low, high = map(float, interval[1:-1].split(","))
+    if action.type is int:
+        return [str(int(low) - 1)]
+    outside = [low if interval.startswith("(") else low - 1e-9]
+    if high < math.inf:
+        outside.append(high if interval.endswith(")") else high + 1e-9)
+    return [f"{value:.9f}" for value in outside]
+
+
+@pytest.mark.parametrize("name", ["train", "bench", "linear_eval", "semi_eval", "detect_eval",
+                                  "visualize", "miniature"])
+def test_every_number_has_a_range(name, tmp_path, capsys):
+    """Not a number, infinite, or just outside of run.RANGES: one line and exit code 2."""
+    script = importlib.import_module(name)
+    actions, required = parser_of(script)._actions, []
+    for action in actions:
+        if action.required:
+            required += [action.option_strings[-1], "1" if action.type is int else "random"]
+    numbers = [action for action in actions if action.type in (int, float)]
+    assert len(numbers) >= 2
+    for action in numbers:
+        flag = action.option_strings[-1]
+        outside = ["0"]  # where there are choices
+        if not action.choices:
+            outside = just_outside(action)
+        for value in ("nan", "inf", *outside):
+            values = [value] * (action.nargs if isinstance(action.nargs, int) else 1)
+            line = refused(capsys, *required, flag, *values, script=script)
+            assert re.search(f"{flag}:? .*(must lie in|invalid int|invalid choice)", line), line
+
+
+def test_a_slip_in_the_model_is_a_traceback(tmp_path, monkeypatch):
+    """Not the one line that users get for their own mistakes."""
+    monkeypatch.setattr(care, "map_shapes", lambda *_: [(1, 2), (3, 4)])
+    with pytest.raises(ValueError, match="unpack"):
+        train_small(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error, code", [
+    (ValueError("a slip"), None), (KeyError("a slip"), None),
+    (InputError("7.xml: mend this"), 2),
+    (PermissionError(errno.EACCES, "Permission denied", "7.png"), 2),
+])
+def test_errors_while_reading(error, code, workers, tmp_path, monkeypatch, capsys):
+    """A slip is a traceback, a user's mistake or a refusal one line, out of a worker too."""
+    read = shapes.Shapes.__getitem__
+
+    def getitem(source, index):
+        if index == third:
+            raise error
+        return read(source, index)
+
+    third = data.Stream(data.open_images("shapes:32", "pretrain"), None, 0, 32).index(20)
+    monkeypatch.setattr(shapes.Shapes, "__getitem__", getitem)
+    flags = ["--workers", workers, "--max-steps", 4]
+    if code is None:
+        with pytest.raises(type(error), match="a slip"):
+            train_small(tmp_path, *flags)
+        return
+    line = refused(capsys, *SMALL, "--out", tmp_path, *flags, code=code)
+    assert line == f"error: {error}"
+    assert torch.load(tmp_path / "last.pth", weights_only=True)["step"] == 2  # the third has it
+
+
+def slip_while_reading():
+    """From the ninth image on, in the loading process."""
+    read = shapes.Shapes.__getitem__
+
+    def getitem(source, index):
+        seen.append(index)
+        assert len(seen) < 9, "a slip"
+        return read(source, index)
+
+    seen = []
+    shapes.Shapes.__getitem__ = getitem
+
+
+def test_a_slip_ends_a_run_whose_workers_live(tmp_path):
+    """Workers ignore SIGTERM: Python, which sends it and waits, would wait for ever."""
+    result = torchrun(1, "train.py", *LONG, "--out", tmp_path, before=slip_while_reading)
+    assert result.codes == [1] and result.stderr.rstrip().endswith("AssertionError: a slip")
+
+
+def test_unreadable_images_are_replaced_and_counted(tmp_path, capsys):
+    folder = images(tmp_path / "set", 12)
+    cut = (folder / "003.png").read_bytes()[:200]
+    (folder / "003.png").write_bytes(cut)
+    flags = ["--data", folder, "--batch-size", 4, "--epochs", 3]
+    assert train_small(tmp_path / "run", *flags)[-1]["unreadable"] == 1
+    train_small(tmp_path / "run", *flags)  # a resume has it from the checkpoint
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"warning: cannot read {folder}/003.png (")
+    (folder / "007.png").write_bytes(b"")
+    with pytest.raises(SystemExit) as caught:
+        train_small(tmp_path / "again", *flags)
+    assert caught.value.code == 2
+    assert "2 of 12 images cannot be read" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_hostile_images(tmp_path):
+    """One pixel, very wide, very tall, a decompression bomb: replaced or used, never a crash."""
+    for name, size in (("one", (1, 1)), ("wide", (20_000, 3)), ("tall", (3, 20_000)),
+                       ("bomb", (20_000, 20_000)), ("plain", (50, 40))):
+        Image.new("1", size).save(tmp_path / f"{name}.png")
+    files = data.ImageFiles(str(tmp_path))
+    stream = data.Stream(files, data.TwoViews((32, 32)), 0, len(files))
+    bad = set()
+    for n in range(len(files)):
+        (views, parameters), _, unreadable = stream[n]
+        assert views.shape == (2, 3, 32, 32)
+        assert torch.isfinite(data.augment(views, parameters)).all()
+        bad |= {files.name(index) for index, _ in unreadable}
+    assert bad == {"bomb.png"}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
+    train_small(tmp_path, "--max-steps", 3)
+    good = (tmp_path / "last.pth").read_bytes()
+    step = train.pretrain_step
+
+    def broken(*args, **named):
+        return {name: value * math.nan for name, value in step(*args, **named).items()}
+
+    monkeypatch.setattr(train, "pretrain_step", broken)
+    refused(capsys, *SMALL, "--out", tmp_path, code=1,
+            match=r"step 4: .*not finite \(loss nan, .*loss_c nan")
+    assert (tmp_path / "last.pth").read_bytes() == good
+
+
+def infinite_variance():
+    """From the third step on, on the last rank alone, a running variance is infinite."""
+    calls, step = [], train.pretrain_step
+
+    def broken(model, *args, **named):
+        meters = step(model, *args, **named)
+        calls.append(0)
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if len(calls) >= 3 and int(os.environ.get("RANK", 0)) == world - 1:
+            getattr(model, "module", model).momentum.encoder.bn1.running_var[0] = math.inf
+        return meters
+
+    train.pretrain_step = broken
+
+
+def test_statistics_that_are_not_finite_are_never_saved(tmp_path, capsys, monkeypatch):
+    """Also when only the last of two ranks has them: all end."""
+    monkeypatch.setattr(train, "pretrain_step", train.pretrain_step)  # what it was, afterwards
+    infinite_variance()
+    refused(capsys, *SMALL, "--out", tmp_path / "one", "--save-every", 2, code=1,
+            match="step 3: loss or weights not finite")
+    result = torchrun(2, "train.py", *SMALL, "--out", tmp_path / "two", "--save-every", 2,
+                      before=infinite_variance)
+    assert result.codes == [1, 1] and result.stderr.count("error: step 3") == 1, result.stderr
+    for name in ("one", "two"):
+        assert torch.load(tmp_path / name / "last.pth", weights_only=True)["step"] == 2
+
+
+def no_data_on_rank_1():
+    def open_images(*args, **named):
+        raise InputError("a mistake on rank 1 alone")
+
+    if os.environ["RANK"] == "1":
+        train.open_images = open_images
+
+
+def another_seed_on_rank_1():
+    def parse_args(argv=None):
+        args = parse(argv)
+        args.seed = 7
+        return args
+
+    parse = train.parse_args
+    if os.environ["RANK"] == "1":
+        train.parse_args = parse_args
+
+
+@pytest.mark.parametrize("before, line", [
+    (no_data_on_rank_1, "error: a mistake on rank 1 alone"),
+    (another_seed_on_rank_1, "error: seed: rank 0 has 0, rank 1 has 7"),
+    (None, "error: images: rank 0 has 8, rank 1 has 9"),
+])
+def test_a_mistake_of_one_rank_is_one_line_and_all_end(before, line, tmp_path):
+    """Raised on one rank, or seen by comparison; each has data of its own, in its own folder."""
+    folders = [images(tmp_path / f"{count}" / "set", count).parent for count in (8, 9)]
+    result = torchrun(2, "train.py", *SMALL, "--data", "set", "--out", tmp_path / "run",
+                      before=before, folders=folders)
+    assert result.codes == [2, 2] and result.stderr.splitlines() == [line], result.stderr
+
+
+def test_launchers_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    refused(capsys, *SMALL, "--out", tmp_path,
+            match="a rank, but without WORLD_SIZE, MASTER_ADDR, MASTER_PORT: use torchrun")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(capsys, *SMALL, "--out", tmp_path, match="without MASTER_ADDR, MASTER_PORT: ")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        refused(capsys, *SMALL, "--out", tmp_path, match="does another run use MASTER_PORT")
+
+
+def test_share_of_cores():
+    """torchrun's ranks share their host's mask, Slurm's tasks have their own."""
+    def host(name, cores):
+        return {"host": name, "cores": list(cores), "gpu": None}
+
+    shared = [host("a", range(16))] * 4 + [host("b", range(16))] * 2
+    assert [run.share_of_cores(shared, rank) for rank in range(6)] == [4, 4, 4, 4, 8, 8]
+    own = [host("a", range(12)), host("a", range(12, 24)), host("b", range(12))]
+    assert [run.share_of_cores(own, rank) for rank in range(3)] == [12, 12, 12]
+    assert run.share_of_cores([host("a", range(2))] * 8, 5) == 1
+
+
+def test_choose_backend():
+    """NCCL needs a GPU of its own for each rank: counted by UUID, as each may see but one."""
+    assert run.choose_backend(["GPU-1", "GPU-2", "GPU-3"]) == "cpu:gloo,cuda:nccl"
+    assert run.choose_backend(["GPU-1", "GPU-2", "GPU-1"]) == "gloo"
+    assert run.choose_backend([None, None]) == run.choose_backend(["GPU-1", None]) == "gloo"
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    """One warning, and the run goes on; any other refusal ends it."""
+    def refusal(number):
+        def lockf(*_):
+            raise OSError(number, os.strerror(number))
+        return lockf
+
+    for number in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        monkeypatch.setattr(run.fcntl, "lockf", refusal(number))
+        run.open_run(tmp_path / "run")
+        assert capsys.readouterr().err == (
+            f"warning: {tmp_path}/run/lock: no locks here ({os.strerror(number)}): no other run "
+            "may use this directory\n")
+    assert train_small(tmp_path / "run", "--max-steps", 1)[-1]["step"] == 1
+    for number, match in ((errno.EAGAIN, "another process"), (errno.EIO, "Input/output error")):
+        monkeypatch.setattr(run.fcntl, "lockf", refusal(number))
+        capsys.readouterr()
+        refused(capsys, *SMALL, "--out", tmp_path / "run", match=match)
+
+
+def outage_on_the_last_rank(first=20, last=10 ** 6, number=errno.EIO):
+    """Opening an image fails from the rank's first-th time to its last-th; pauses are short."""
+    count = [0]
+
+    def open_or_fail(path, mode):
+        count[0] += 1
+        if first <= count[0] <= last:
+            raise OSError(number, os.strerror(number))
+        return open(path, mode)
+
+    data.PAUSES = (0.01, 0.01)
+    if os.environ.get("RANK", "1") == "1":
+        data.open = open_or_fail
+
+
+def test_an_outage_of_the_disk(tmp_path, monkeypatch, capsys):
+    """A short one is waited for; a long one ends the run with a checkpoint and the reason."""
+    folder = images(tmp_path / "set", 32)
+    train_small(tmp_path / "whole", "--data", folder)
+    capsys.readouterr()
+    monkeypatch.setattr(data, "PAUSES", ())  # to be restored afterwards
+    monkeypatch.setattr(data, "open", open, raising=False)
+    outage_on_the_last_rank(last=21, number=errno.ESTALE)
+    train_small(tmp_path / "run", "--data", folder)
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and all("trying again in 0.01 s" in line for line in warnings)
+    assert same_log(tmp_path / "run", tmp_path / "whole")
+    outage_on_the_last_rank()
+    with pytest.raises(SystemExit) as caught:
+        train_small(tmp_path / "away", "--data", folder)
+    assert caught.value.code == 2
+    reason = capsys.readouterr().err.splitlines()[-1]
+    assert reason.startswith(f"error: [Errno 5] Input/output error: '{folder}/")
+    assert torch.load(tmp_path / "away" / "last.pth", weights_only=True)["step"] == 2
+    monkeypatch.setattr(data, "open", open)
+    train_small(tmp_path / "away", "--data", folder)
+    assert same_log(tmp_path / "away", tmp_path / "whole")
+
+
+def test_an_outage_of_one_ranks_disk(tmp_path):
+    """Both stop after the same step; the reason is given once."""
+    folder = images(tmp_path / "set", 32)
+    result = torchrun(2, "train.py", *SMALL, "--data", folder, "--out", tmp_path / "run",
+                      before=outage_on_the_last_rank)
+    assert result.codes == [2, 2], result.stderr
+    assert result.stderr.count("error: [Errno 5] Input/output error: '") == 1
+    assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["step"] == 4
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(reference, tmp_path, capsys, monkeypatch):
+    train_small(tmp_path, "--max-steps", 3)
+    good, flags = (tmp_path / "last.pth").read_bytes(), [*SMALL, "--out", tmp_path]
+    write_whole, full = train.write_whole, OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(*_):
+        raise full
+
+    def fail_at_last(path, content):
+        return fail() if "last" in str(path) else write_whole(path, content)
+
+    def fail_to_add(path, mode="r"):
+        return fail() if mode == "a" else open(path, mode)
+
+    for place, name, function, code, match in (
+            (os, "fsync", fail, 2, "No space left"),  # the log cannot be opened
+            (train, "write_whole", fail_at_last, 1, f"cannot write to {tmp_path} .*No space left"),
+            (run, "open", fail_to_add, 1, "cannot write .*log.jsonl .*No space left")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, function, raising=False)
+            refused(capsys, *flags, code=code, match=match)
+    assert (tmp_path / "last.pth").read_bytes() == good
+    (tmp_path / "last.pth.tmp").write_bytes(b"half a file")
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"step": 4, "loss')  # half a line
+    train_small(tmp_path)
+    assert same_log(tmp_path, reference) and same_encoder(tmp_path, reference)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_an_unwritable_directory(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    refused(capsys, *SMALL, "--out", tmp_path / "file" / "run", match="Not a directory")
+
+
+# ----------------------------------------------------------- signals, kills: processes of their own
+@pytest.fixture(scope="module")
+def long_reference(tmp_path_factory):
+    out = tmp_path_factory.mktemp("long")
+    with single_thread():
+        train.main([*LONG, "--out", str(out)])
+    return out
+
+
+def saved_step(out):
+    return torch.load(Path(out) / "last.pth", weights_only=True)["step"]
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint(long_reference, tmp_path):
+    """To the whole process group, as Ctrl-C sends it: a worker leaves it to the main process."""
+    done, endings, out = 0, [], tmp_path / "run"
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        process, = start(1, "train.py", *LONG, "--out", out, output=out, before=os.setpgrp)
+        wait_for_step(out, done + 3, process, output=out)
+        os.killpg(process.pid, number)
+        process.join(60)
+        assert process.exitcode == 0
+        before, done = done, saved_step(out)
+        assert before + 3 <= done < 32 and steps(out)[-1]["step"] == done
+        endings.append(f"step {done} of 32: stopped, the same command goes on")
+    shown = Path(f"{out}.out").read_text().splitlines()
+    assert shown[2::3] == endings and Path(f"{out}.err").read_text() == ""
+    train.main([*LONG, "--out", str(out)])
+    assert same_log(out, long_reference) and same_encoder(out, long_reference)
+
+
+def wait_for_signals():
+    run.catch_signals()
+    print("up", flush=True)
+    time.sleep(1)
+    time.sleep(60)
+
+
+def wait_for(text, path):
+    deadline = time.time() + 60
+    while not Path(path).exists() or text not in Path(path).read_text():
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    process, = start(1, wait_for_signals, output=tmp_path / "run")
+    wait_for("up", tmp_path / "run.out")
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(0.3)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(10)
+    assert process.exitcode == -signal.SIGTERM
+
+
+def hold(out):
+    lock = run.open_run(out)
+    print("up", lock.name, flush=True)
+    time.sleep(60)
+
+
+def test_a_directory_in_use_is_refused(tmp_path, capsys):
+    out = tmp_path / "run"
+    process, = start(1, hold, out, output=out)
+    wait_for("up", f"{out}.out")
+    refused(capsys, *SMALL, "--out", out, match="another process is running in this directory")
+    process.kill()
+    process.join()
+    train_small(out, "--max-steps", 1)
+
+
+def test_a_signal_to_one_rank_stops_all(two_ranks, tmp_path):
+    """After the same step, with a checkpoint from which they go on exactly."""
+    flags, whole = two_ranks
+    out = tmp_path / "run"
+    processes = start(2, "train.py", *flags, "--out", out, output=out)
+    wait_for_step(out, 2, processes[0], output=out)
+    os.kill(processes[1].pid, signal.SIGUSR1)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0], Path(f"{out}.err").read_text()
+    done = saved_step(out)
+    assert f"step {done} of 8: stopped" in Path(f"{out}.out").read_text() and done < 8
+    assert torchrun(2, "train.py", *flags, "--out", out).codes == [0, 0]
+    assert same_log(out, whole) and same_encoder(out, whole)
+
+
+def launch(output, ranks, *command):
+    """Start a script under the real torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    with open(output, "w") as file:
+        return subprocess.Popen([*launcher, str(ranks), *map(str, command)], cwd=HERE, stdout=file,
+                                stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def ranks_of(process):
+    """The processes that torchrun started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children
+            if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_torchrun_passes_sigterm_on(tmp_path):
+    """The real one: all ranks save the same step and end; torchrun itself then exits non-zero."""
+    out, flags = tmp_path / "run", [*KNOWN, "--epochs", 100]
+    process = launch(tmp_path / "output", 2, "train.py", *flags, "--out", out)
+    deadline = time.time() + 120
+    while not (out / "log.jsonl").exists() or not steps(out):
+        assert process.poll() is None and time.time() < deadline, (tmp_path / "output").read_text()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    done = saved_step(out)
+    assert steps(out)[-1]["step"] == done < 400
+    assert f"step {done} of 400: stopped" in (tmp_path / "output").read_text()
+
+
+def kill_and_resume(out, kills, reference):
+    """kill -9 at any moment, start-up included, and, in turns, near the write of a checkpoint."""
+    random = np.random.RandomState(0)
+    for kill in range(kills):
+        process, = start(1, "train.py", *LONG, "--out", out, output=out)
+        if kill % 2:
+            deadline = time.time() + 60
+            while not list(Path(out).glob("*.tmp")) and process.is_alive():
+                assert time.time() < deadline
+            time.sleep(random.uniform(0, 0.02))
+        else:
+            time.sleep(random.uniform(0, 1.5))
+        process.kill()
+        process.join()
+    process, = start(1, "train.py", *LONG, "--out", out, output=out)
+    process.join(180)
+    assert process.exitcode == 0, Path(f"{out}.err").read_text()
+    assert same_log(out, reference) and same_encoder(out, reference)
+    assert not list(Path(out).glob("*.tmp"))
+
+
+def test_kill_9_loses_nothing(long_reference, tmp_path):
+    kill_and_resume(tmp_path / "run", 3, long_reference)
+
+
+@slow
+def test_forty_kills_lose_nothing(long_reference, tmp_path):
+    kill_and_resume(tmp_path / "run", 40, long_reference)
+
+
+@slow
+def test_a_dead_rank_restarts_the_run(tmp_path):
+    flags = [*KNOWN, "--epochs", 8, "--save-every", 2]
+    for name in ("whole", "killed"):
+        out = tmp_path / name
+        process = launch(tmp_path / "output", 2, "--max-restarts", 3, "train.py", *flags,
+                         "--out", out)
+        while name == "killed" and (not (out / "log.jsonl").exists() or len(steps(out)) < 5):
+            assert process.poll() is None, (tmp_path / "output").read_text()
+            time.sleep(0.02)
+        if name == "killed":
+            os.kill(ranks_of(process)[1], signal.SIGKILL)
+        assert process.wait(300) == 0, (tmp_path / "output").read_text()
+    assert same_log(tmp_path / "killed", tmp_path / "whole")
+    assert same_encoder(tmp_path / "killed", tmp_path / "whole")
+
+
+@slow
+def test_fifty_starts_lose_no_step(tmp_path):
+    flags = ["--epochs", 13, "--max-steps"]
+    train_small(tmp_path / "whole", *flags, 50)
+    for step in range(1, 51):
+        train_small(tmp_path / "parts", *flags, step)
+    assert same_log(tmp_path / "parts", tmp_path / "whole")
+    assert same_encoder(tmp_path / "parts", tmp_path / "whole")
+
+
+@slow
+def test_memory_is_flat(tmp_path):
+    """Resident memory of main process and worker over 2,000 steps, from step 200 on: within 3 %.
+
+    Saves every 100 steps: freed memory is kept on a CPU, the largest save's too.
+    """
+    out, sizes = tmp_path / "run", []
+    process, = start(1, "train.py", *LONG, "--epochs", 500, "--save-every", 100, "--out", out,
+                     output=out)
+    for step in (200, 800, 1400, 1950):
+        wait_for_step(out, step, process, output=out, seconds=900)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        sizes.append([memory("VmRSS", pid) for pid in (process.pid, children[0])])
+    print("MiB, main and worker:", sizes)
+    for first, *later in zip(*sizes):
+        assert max(later) < 1.03 * first, sizes

@@ -1,0 +1,592 @@
+"""train.py and bench.py: what a run leaves, its protocol, ranks, kNN, the cost of a step, a GPU."""
+import contextlib
+import ctypes
+import json
+import math
+import os
+import pickle
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import bench
+import data
+import run
+import train
+from care import CARE
+from conftest import (CPU, SMALL, gpu, header, images, memory, refused, same_encoder, same_log,
+                      steps, torchrun, train_small)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# ------------------------------------------------------------------ what a run leaves, its settings
+def test_train_leaves_what_it_promises(reference, tmp_path):
+    train_small(tmp_path, "--arch", "resnet18", "--max-steps", 1)
+    weights = torch.load(tmp_path / "encoder.pth", weights_only=True)
+    missing, unexpected = torchvision.models.resnet18().load_state_dict(weights, strict=False)
+    assert missing == ["fc.weight", "fc.bias"] and unexpected == []
+    first, lines = header(reference), steps(reference)
+    assert first["args"]["arch"] == "thin" and first["args"]["images"] == 32
+    assert first["world_size"] == 1 and first["torch"] == torch.__version__
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert set(lines[0]) == {"step", "epoch", "lr", "tau", "loss", "loss_c", "loss_t", "loss_att",
+                             "std_c", "std_t", "images/s", "memory_gib", "unreadable"}
+    for line in lines:
+        total = line["loss_c"] + line["loss_t"] + 100 * line["loss_att"]
+        assert line["loss"] == pytest.approx(total, rel=1e-4)
+    assert lines[-1]["epoch"] == 2 and lines[2]["epoch"] == 0.75
+    assert not list(reference.glob("*.tmp"))
+
+
+def new_model():
+    """The model of a small run, as it is before the first step."""
+    torch.manual_seed(0)
+    return train.new_model(train.parse_args(SMALL), CPU)[0]
+
+
+def losses_of(model, numbers, parts):
+    """What a small run logs of a step on these samples, in so many parts."""
+    stream = data.Stream(data.open_images("shapes:32", "pretrain", size=32),
+                         data.TwoViews((32, 32), crop_min=0.08), 0, 32)
+    losses = {}
+    for part in np.split(np.array(numbers), parts):
+        batch = data.collate([stream[int(n)] for n in part])
+        x1, x2 = train.make_views(batch, CPU, "device")
+        for out in (model(x1, x2), model(x2, x1)):
+            for name, value in out.items():
+                share = 0.5 if name.startswith("std") else 1
+                losses[name] = losses.get(name, 0) + share * value.item() / parts
+    return losses
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_logged_losses_are_the_models(accum_steps, tmp_path):
+    """Losses summed over both orders, stds averaged, all averaged over accumulation steps."""
+    found = train_small(tmp_path, "--accum-steps", accum_steps, "--max-steps", 1)[0]
+    for name, value in losses_of(new_model(), range(8), accum_steps).items():
+        assert found[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_the_defaults_are_the_papers_run():
+    """Sec. 4.1 and the release: 100 epochs on 8 GPUs, no flag but --arch."""
+    wanted = {
+        "data": "imagenet", "arch": "resnet50", "stem": "imagenet", "image_size": [224, 224],
+        "crop_min": 0.08, "augment": "device", "method": "care", "lambda_att": 100, "blocks": 5,
+        "heads": 4, "position": "relative", "tap": "conv4", "detach_trunk": False,
+        "hidden_dim": 4096, "tau_base": 0.99, "epochs": 100, "warmup_epochs": 10,
+        "batch_size": 1024, "accum_steps": 1, "base_lr": 0.05, "momentum": 0.9,
+        "weight_decay": 1e-4, "precision": "auto", "seed": 0, "knn_every": 0, "max_steps": None,
+    }
+    args = vars(train.parse_args(["--arch", "resnet50"]))
+    assert {name: args[name] for name in wanted} == wanted
+    for epochs, warmup in ((5, 0.5), (50, 5), (200, 10), (400, 10), (800, 10)):
+        assert train.parse_args(["--epochs", str(epochs)]).warmup_epochs == warmup
+
+
+@pytest.mark.parametrize("name", data.RECIPES)
+def test_the_first_line_is_the_recipe_as_flags(name):
+    """Typed, they give the same run; --out follows from data and method."""
+    args = train.parse_args(["--data", name])
+    for key in train.RECIPE_ARGS:
+        if key not in ("image_size", "warmup_epochs"):
+            assert getattr(args, key) == data.RECIPES[name][key]
+    assert vars(train.parse_args(train.recipe_flags(args).split())) == vars(args)
+    assert args.out == ("runs/care_resnet50" if name == "folder" else f"runs/{name}")
+    assert train.parse_args(["--data", name, "--method", "byol"]).out.endswith(
+        "byol_resnet50" if name == "folder" else f"{name}_byol")
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """20 epochs of 2 steps on a folder, and what reached optimiser, model and crops, in order."""
+    root, seen = tmp_path_factory.mktemp("watched"), []
+    images(root / "set", 17)
+
+    def step(optimizer, *_):
+        seen.append(("step", type(optimizer), [dict(group) for group in optimizer.param_groups]))
+
+    def update_momentum(model, tau):
+        before = next(model.momentum.parameters()).detach().clone()
+        update(model, tau)
+        seen.append(("momentum", tau, before))
+
+    def new_model(*args):
+        model, optimizer = build(*args)
+        seen.append(("model", model, optimizer))
+        return model, optimizer
+
+    def make_views(batch, *args, **named):
+        seen.append(("views", batch[0][1], batch[0][0].shape))
+        return views(batch, *args, **named)
+
+    def get_params(image, scale, ratio):
+        seen.append(("crop", scale, ratio))
+        return crop(image, scale, ratio)
+
+    update, build, views = CARE.update_momentum, train.new_model, train.make_views
+    crop = torchvision.transforms.RandomResizedCrop.get_params
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CARE, "update_momentum", update_momentum)
+        patch.setattr(train, "new_model", new_model)
+        patch.setattr(train, "make_views", make_views)
+        patch.setattr(data.transforms.RandomResizedCrop, "get_params", staticmethod(get_params))
+        hook = register_optimizer_step_pre_hook(step)
+        train.main(["--data", str(root / "set"), "--arch", "thin", "--image-size", "32",
+                    "--hidden-dim", "64", "--batch-size", "8", "--epochs", "20", "--workers", "0",
+                    "--out", str(root / "run"), "--log-every", "1"])
+        hook.remove()
+    return seen, steps(root / "run")
+
+
+def test_what_reaches_the_optimiser_is_the_papers(watched):
+    """SGD, momentum 0.9, weight decay 1e-4 on all; warm-up to 0.05 x B / 256, cosine to 0."""
+    seen, lines = watched
+    updates = [entry[1:] for entry in seen if entry[0] == "step"]
+    assert len(updates) == len(lines) == 40
+    peak, warmup = 0.05 * 8 / 256, 4  # two epochs, a tenth
+    model = next(entry[1] for entry in seen if entry[0] == "model")
+    trainable = {id(p) for name, p in model.named_parameters() if not name.startswith("momentum.")}
+    for step, ((kind, groups), line) in enumerate(zip(updates, lines)):
+        if step < warmup:
+            lr = np.interp(step, [0, warmup], [1e-6, peak])
+        else:
+            lr = peak * math.cos(math.pi / 2 * (step - warmup) / (40 - warmup)) ** 2
+        assert kind is torch.optim.SGD and line["lr"] == pytest.approx(lr, rel=1e-9)
+        assert {id(p) for group in groups for p in group["params"]} == trainable
+        for group in groups:
+            settings = {name: group[name] for name in ("momentum", "dampening", "weight_decay",
+                                                       "nesterov", "maximize")}
+            assert group["lr"] == line["lr"] and settings == {
+                "momentum": 0.9, "dampening": 0, "weight_decay": 1e-4, "nesterov": False,
+                "maximize": False}
+
+
+def test_the_momentum_branch_follows_each_step_with_tau_of_the_next(watched):
+    """tau(t + 1) after optimiser step t: from 0.99 towards 1 by a cosine; the last step is 1."""
+    seen, lines = watched
+    order = [entry[0] for entry in seen if entry[0] in ("step", "momentum")]
+    assert order == ["step", "momentum"] * 40
+    taus = [entry[1] for entry in seen if entry[0] == "momentum"]
+    wanted = [1 - 0.01 * math.cos(math.pi / 2 * (step + 1) / 40) ** 2 for step in range(40)]
+    assert taus == pytest.approx(wanted, abs=1e-12) and taus == [line["tau"] for line in lines]
+
+
+def test_views_are_drawn_with_the_papers_chances(watched):
+    """40 steps of 8 pairs: jitter 0.8, gray 0.2, blur 1 and 0.1, solarize 0 and 0.2; crops."""
+    seen, _ = watched
+    drawn = torch.cat([entry[1] for entry in seen if entry[0] == "views"])  # (320, 2, 9)
+    assert drawn.shape == (320, 2, 9)
+    chances = {"jitter": (0.8, 0.8), "gray": (0.2, 0.2), "sigma": (1, 0.1), "solarize": (0, 0.2)}
+    for name, wanted in chances.items():
+        share = (drawn[:, :, data.PARAMETERS.index(name)] > 0).float().mean(0)
+        for view in range(2):
+            tolerance = 3.5 * math.sqrt(wanted[view] * (1 - wanted[view]) / 320)
+            assert abs(share[view] - wanted[view]) <= tolerance, (name, view)
+    crops = {entry[1:] for entry in seen if entry[0] == "crop"}
+    assert crops == {((0.08, 1.0), (3 / 4, 4 / 3))}
+
+
+def test_learning_rate_schedule():
+    rates = [train.lr_at(step, 100, 10, 0.2) for step in range(101)]
+    assert rates[0] == 1e-6 and rates[10] == 0.2 and rates[100] == 0
+    assert rates[5] == pytest.approx((1e-6 + 0.2) / 2)
+    assert rates[55] == pytest.approx(0.1)
+    assert train.lr_at(0, 100, 0, 0.2) == 0.2  # without a warm-up
+
+
+@pytest.mark.parametrize("flags", [
+    ("--method", "byol"), ("--method", "sequential"), ("--tap", "conv5"), ("--augment", "worker"),
+    ("--position", "sincos"), ("--detach-trunk",), ("--stem", "cifar"), ("--precision", "bf16"),
+    ("--image-size", "32", "64"),
+])
+def test_ablations_train(flags, tmp_path):
+    line = train_small(tmp_path, *flags, "--max-steps", 2)[-1]
+    assert line["step"] == 2 and math.isfinite(line["loss"])
+    assert ("loss_c" in line) == (flags[-1] != "sequential")
+    assert ("loss_t" in line) == (flags[-1] != "byol")
+    args = header(tmp_path)["args"]
+    name, *values = flags
+    given = args[name[2:].replace("-", "_")]
+    assert given == ([32, 64] if len(values) == 2 else values[0] if values else True)
+
+
+def test_kept_epochs(tmp_path):
+    train_small(tmp_path, "--keep-epochs", 1)
+    names = sorted(path.name for path in tmp_path.glob("epoch*"))
+    assert names == ["epoch0001.pth", "epoch0002.pth"]
+    assert torch.load(tmp_path / "epoch0001.pth", weights_only=True)["step"] == 4
+
+
+def test_torchvision_sets(tmp_path, monkeypatch):
+    """CIFAR-10 and STL-10, a few made-up images each in their files' layout, and a step on them."""
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
+    cifar, stl = tmp_path / "cifar-10-batches-py", tmp_path / "stl10_binary"
+    cifar.mkdir()
+    stl.mkdir()
+    rng = np.random.RandomState(0)
+    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5",
+                 "test_batch"):
+        pixels = rng.randint(0, 256, (10, 3072)).astype(np.uint8)
+        entry = {"data": pixels, "labels": list(range(10))}
+        (cifar / name).write_bytes(pickle.dumps(entry))
+    (cifar / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    for part, count in (("unlabeled", 6), ("train", 4), ("test", 3)):
+        (stl / f"{part}_X.bin").write_bytes(rng.bytes(count * 3 * 96 * 96))
+        (stl / f"{part}_y.bin").write_bytes(bytes(range(1, count + 1)))
+    (stl / "class_names.txt").write_text("a\nb\nc\nd\n")
+    sizes = [len(data.open_images(name, split, str(tmp_path)))
+             for name in ("cifar10", "stl10") for split in ("pretrain", "train", "val")]
+    assert sizes == [50, 50, 10, 6, 4, 3]
+    flags = ["--data", "cifar10", "--data-root", tmp_path, "--max-steps", 1, "--knn-every", 1]
+    before, line = train_small(tmp_path / "run", *flags)
+    assert line["step"] == 1 and before["knn"] >= 0
+    assert header(tmp_path / "run")["args"]["stem"] == "cifar"
+
+
+# ------------------------------------------------------------------------------------ several ranks
+def drive(out, device):
+    """Five float64 optimiser steps on a fixed stream of views; rank 0 saves the weights.
+
+    Of two ranks' parts, one process makes two accumulation steps; on a GPU, whose batch norms are
+    synchronised, one batch.
+    """
+    rank, world, _ = run.setup_ranks(SimpleNamespace(workers=0))
+    torch.manual_seed(0)
+    model = CARE("thin", image_size=32, blocks=2, hidden_dim=32, out_dim=16).double().to(device)
+    model, parallel = train.parallelise(model, world, torch.device(device))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=1e-4)
+    autocast = torch.autocast(device, enabled=False)
+    scaler = torch.amp.GradScaler(device, enabled=False)
+    losses = []
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        parts = torch.randn(2, 2, 4, 3, 32, 32, dtype=torch.float64, generator=generator)
+        if world > 1:
+            parts = parts[rank:rank + 1]
+        elif device == "cuda":
+            parts = parts.transpose(0, 1).flatten(1, 2)[None]  # (1, 2, 8, 3, 32, 32)
+        meters = train.pretrain_step(parallel, optimizer, scaler, autocast, parts.to(device),
+                                     views_of=tuple, lr=0.02, tau=0.98)
+        losses.append(run.average(meters, world)["loss"])
+    if rank == 0:
+        torch.save({"model": model.cpu().state_dict(), "losses": losses}, out)
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_two_ranks_are_one_process(device, tmp_path):
+    """Parameters to 1e-9 after five steps; a rank's running statistics on a CPU are its own."""
+    drive(tmp_path / "one.pth", device)
+    result = torchrun(2, drive, tmp_path / "two.pth", device)
+    assert result.codes == [0, 0], result.stderr
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pth", "two.pth"))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-6)  # averaged in float32
+    assert one["losses"][0] != one["losses"][-1]
+    for name, value in one["model"].items():
+        if "running" not in name and "tracked" not in name:
+            torch.testing.assert_close(two["model"][name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_train_on_two_ranks(two_ranks, tmp_path):
+    """Losses of the first steps are one process's with --accum-steps 2, and so is the first kNN."""
+    flags, out = two_ranks
+    one = train_small(tmp_path, *flags, "--accum-steps", 2, "--max-steps", 2)
+    two = steps(out)[:3]
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [0, 1, 2]
+    assert one[0]["knn"] == two[0]["knn"]
+    for a, b in zip(one[1:], two[1:]):
+        for key in ("loss", "loss_c", "loss_t", "loss_att", "std_c", "std_t"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5)
+    assert header(out)["world_size"] == 2
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_batches(tmp_path, monkeypatch):
+    """One process, then two ranks, then one: each goes on with the losses of the next samples."""
+    for stop, world in ((4, 1), (5, 2), (6, 1)):
+        flags = [*SMALL, "--out", tmp_path, "--max-steps", stop]
+        model = new_model()
+        if stop > 4:
+            model.load_state_dict(torch.load(tmp_path / "last.pth", weights_only=True)["model"])
+            wanted = losses_of(model, range(8 * stop - 8, 8 * stop), parts=world)
+        assert torchrun(world, "train.py", *flags).codes == [0] * world
+        if stop > 4:
+            for name, value in wanted.items():
+                assert steps(tmp_path)[-1][name] == pytest.approx(value, rel=1e-5), name
+    assert [line["step"] for line in steps(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+# ------------------------------------------------------------------------------------------ monitor
+def test_knn_changes_nothing_and_is_neither_lost_nor_repeated(labelled, tmp_path, capsys):
+    """Weights and losses with and without it, bit for bit; its scores over stops and resumes."""
+    flags = ["--data", labelled]
+    train_small(tmp_path / "off", *flags)
+    train_small(tmp_path / "on", *flags, "--knn-every", 1)
+    shown = capsys.readouterr().out.splitlines()
+    lines = steps(tmp_path / "on")
+    scores = [line for line in lines if "knn" in line]
+    assert [(line["step"], line["epoch"]) for line in scores] == [(0, 0), (4, 1), (8, 2)]
+    assert all(set(line) == {"step", "epoch", "knn"} for line in scores)
+    losses = [[line["loss"] for line in steps(tmp_path / name) if "loss" in line]
+              for name in ("on", "off")]
+    assert losses[0] == losses[1] and same_encoder(tmp_path / "on", tmp_path / "off")
+    first, last = scores[0]["knn"], scores[-1]["knn"]
+    assert shown[-2] == f"kNN top-1 on val: {first:.1f} random encoder, {last:.1f} after step 8"
+    assert shown[-1].startswith("next: python linear_eval.py --data")
+    for stop in (3, 4, 6, 8, 8):
+        train_small(tmp_path / "parts", *flags, "--knn-every", 1, "--max-steps", stop)
+    assert same_log(tmp_path / "parts", tmp_path / "on")
+    assert same_encoder(tmp_path / "parts", tmp_path / "on")
+
+
+@pytest.mark.parametrize("score", [0, 1, 2])
+def test_a_signal_during_knn_saves_first(score, labelled, tmp_path, monkeypatch, capsys):
+    """And the score comes after the resume: before step 1, after step 4, after the last."""
+    flags, calls, knn = ["--data", labelled, "--knn-every", 1], [], train.knn
+
+    def interrupted(run, *args, **named):
+        calls.append(0)
+        if len(calls) == score + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return knn(run, *args, **named)
+
+    train_small(tmp_path / "whole", *flags)
+    capsys.readouterr()
+    monkeypatch.setattr(train, "knn", interrupted)
+    train_small(tmp_path / "parts", *flags)
+    if score < 2:
+        ending = f"step {4 * score} of 8: stopped, the same command goes on"
+        assert ending in capsys.readouterr().out
+    assert sum("knn" in line for line in steps(tmp_path / "parts")) == score
+    if score:
+        checkpoint = torch.load(tmp_path / "parts" / "last.pth", weights_only=True)
+        assert checkpoint["step"] == 4 * score
+    train_small(tmp_path / "parts", *flags)
+    assert same_log(tmp_path / "parts", tmp_path / "whole")
+    assert same_encoder(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_knn_may_begin_late(labelled, tmp_path, capsys):
+    """Switched on at a resume: scores from the next epoch on, of no random encoder."""
+    train_small(tmp_path, "--data", labelled, "--max-steps", 3)
+    lines = train_small(tmp_path, "--data", labelled, "--knn-every", 1)
+    assert [line["step"] for line in lines if "knn" in line] == [4, 8]
+    assert "after step 4, " in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_the_bar_shows_the_last_score(labelled, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(train.tqdm, "set_postfix", lambda bar, fields, **_: shown.append(fields))
+    scores = [line["knn"] for line in train_small(tmp_path, "--data", labelled, "--knn-every", 1)
+              if "knn" in line]
+    wanted = [f"{scores[0]:.1f}"] * 4 + [f"{scores[1]:.1f}"] * 4
+    assert [fields["knn"] for fields in shown] == wanted
+
+
+@pytest.mark.parametrize("signalled", [None, 3, 4])
+def test_the_end_says_how_to_go_on(signalled, tmp_path, monkeypatch, capsys):
+    """--max-steps 4 is reached, without a signal or with one in the last step; or one in step 3."""
+    calls, pretrain_step = [], train.pretrain_step
+
+    def step(*args, **named):
+        calls.append(0)
+        if len(calls) == signalled:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pretrain_step(*args, **named)
+
+    monkeypatch.setattr(train, "pretrain_step", step)
+    train_small(tmp_path, "--max-steps", 4)
+    shown = capsys.readouterr().out.splitlines()[-1]
+    if signalled == 3:
+        assert shown == "step 3 of 8: stopped, the same command goes on"
+    else:
+        assert shown == ("step 4 of 8: as --max-steps says; with a larger one, or without it, the "
+                         "same command goes on")
+
+
+# ------------------------------------------------------------------------------- the cost of a step
+def measure_activations(out):
+    """Peak memory of a step in two halves and of one on the summed loss, above what stays, MiB."""
+    ctypes.CDLL(None).mallopt(-3, 2 ** 16)  # M_MMAP_THRESHOLD: freed tensors go back to the system
+    torch.manual_seed(0)
+    model = CARE("resnet18", 96, blocks=1, hidden_dim=64).to(memory_format=torch.channels_last)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.01, momentum=0.9)
+
+    def half_steps(x1, x2):
+        train.pretrain_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False),
+                            contextlib.nullcontext(), [(x1, x2)], tuple, lr=0.01, tau=0.99)
+
+    def summed_loss(x1, x2):
+        (model(x1, x2)["loss"] + model(x2, x1)["loss"]).backward()
+
+    half_steps(*torch.randn(2, 2, 3, 96, 96))  # gradients and momentum stay
+    views = torch.randn(2, 8, 3, 96, 96)
+    peaks, before = {}, memory("VmRSS")
+    for step in (half_steps, summed_loss):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        step(*views)
+        peaks[step.__name__] = memory("VmHWM") - before
+    Path(out).write_text(json.dumps(peaks))
+
+
+def test_half_steps_halve_the_activations(tmp_path):
+    """Peak memory less model, gradients and optimiser: 96 px, batch 8, float32, CPU."""
+    result = torchrun(1, measure_activations, tmp_path / "peaks")
+    assert result.codes == [0], result.stderr
+    peaks = json.loads((tmp_path / "peaks").read_text())
+    print(peaks)
+    assert 50 < peaks["half_steps"] < 0.6 * peaks["summed_loss"], peaks
+
+
+def test_bench_measures_a_step_and_the_input_pipeline(capsys):
+    flags = ["--arch", "thin", "--image-size", "32", "--batch-size", "8", "--hidden-dim", "64",
+             "--blocks", "1"]
+    bench.main(flags)
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["ms"]) == {"views", "momentum forward", "online forward", "backward",
+                                "optimiser", "EMA"}
+    assert sum(found["ms"].values()) == pytest.approx(8000 / found["pairs/s"], rel=0.9)
+    speed = found["tflop"] * found["pairs/s"]
+    supervised_speed = found["supervised tflop"] * found["supervised images/s"]
+    assert found["efficiency"] == pytest.approx(speed / supervised_speed)
+    # two online and two momentum forwards, two backwards for one of each; transformer and heads
+    assert found["tflop"] > 8 * found["supervised tflop"] / 3
+    bench.main([*flags, "--data", "shapes:64", "--workers", "1"])
+    found = json.loads(capsys.readouterr().out)
+    rates = found["pairs/s per worker"]
+    assert found["workers"] == 1
+    assert set(rates) == {"device", "worker"} and rates["device"] > rates["worker"] > 0
+
+
+def test_bench_is_for_one_process(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "setup_ranks", lambda args: (0, 2, CPU))
+    refused(capsys, match="measures one process", script=bench)
+
+
+# A GPU in pretence: CPU tensors that claim to be on `meta`. It shows what waits, or mixes devices.
+META = torch.device("meta")
+WAITING = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2",
+           "unique_dim")
+
+
+class Moved(torch.Tensor):
+    """`here`, a CPU tensor, as if it were on META."""
+
+    @staticmethod
+    def __new__(cls, here):
+        moved = cls._make_wrapper_subclass(cls, here.shape, here.stride(), dtype=here.dtype,
+                                           device=META)
+        moved.here = here
+        return moved
+
+    @classmethod
+    def __torch_dispatch__(cls, function, *_):
+        raise RuntimeError(f"{function}: not within a Pretence")
+
+
+class Pretence(TorchDispatchMode):
+    """Computes with Moved tensors. waits: operations for which the CPU would wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function.overloadpacket.__name__
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        known = {id(x.here): x for x in tensors if isinstance(x, Moved)}
+        if not known and kwargs.get("device") != META:
+            return function(*args, **kwargs)
+        leaving, arriving = False, False
+        if name in ("_to_copy", "copy_"):
+            target = kwargs.get("device") or tensors[0].device
+            leaving = known and target == CPU
+            arriving = target == META and not isinstance(tensors[-1], Moved)
+        elif any(x.dim() for x in tensors if not isinstance(x, Moved)):
+            raise RuntimeError(f"{name}: tensors on two devices")
+        counting = name.startswith("index") and any(x.dtype == torch.bool for x in tensors[1:])
+        copying = arriving and not kwargs.get("non_blocking")
+        if name in WAITING or counting or leaving or copying:
+            self.waits.append(name)
+
+        def there(x):
+            if isinstance(x, Moved):
+                return x.here
+            return CPU if x == META else x
+
+        def wrap(x):
+            return known.get(id(x), Moved(x)) if isinstance(x, torch.Tensor) else x
+
+        out = function(*tree_map(there, args), **tree_map(there, kwargs))
+        return out if leaving else tree_map(wrap, out)
+
+
+def test_the_loop_never_waits_for_the_device(reference, monkeypatch, tmp_path):
+    """Outside logging and saving. The losses are the CPU's."""
+    pretence, losses, new_model = Pretence(), [], train.new_model
+
+    def model_there(*args):
+        found = new_model(*args)
+        pretence.waits.clear()
+        return found
+
+    def average(meters, world):
+        losses.append(meters["loss"].here.item())
+        return {}
+
+    no_precision = contextlib.nullcontext(), torch.amp.GradScaler("cpu", enabled=False)
+    for name, value in {"setup_ranks": lambda args: (0, 1, META), "new_model": model_there,
+                        "set_precision": lambda *_: no_precision, "average": average,
+                        "check_finite": lambda *_: None, "save": lambda *_: None}.items():
+        monkeypatch.setattr(train, name, value)
+    with pretence:
+        train.main([*SMALL, "--out", str(tmp_path)])
+    assert pretence.waits == [] and losses == [line["loss"] for line in steps(reference)]
+
+
+# ----------------------------------------------------------------------------------------- on a GPU
+@gpu
+def test_views_on_a_gpu_are_the_cpus():
+    stream = data.Stream(data.open_images("shapes:16", "pretrain"), data.TwoViews((64, 64)), 0, 16)
+    (crops, parameters), _, _ = data.collate([stream[n] for n in range(16)])
+    found = data.augment(crops[:, 0].cuda(), parameters[:, 0]).cpu()
+    wanted = data.augment(crops[:, 0], parameters[:, 0])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
+
+
+@gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_on_a_gpu_stays_close_to_float32(precision, tmp_path):
+    flags = ["--arch", "resnet18", "--precision"]
+    found = [line["loss"] for line in train_small(tmp_path / precision, *flags, precision)]
+    wanted = [line["loss"] for line in train_small(tmp_path / "fp32", *flags, "fp32")]
+    alike = 2 if precision == "fp16" else 8  # the scaler leaves out steps until its scale fits
+    assert found[:alike] == pytest.approx(wanted[:alike], rel=0.05)
+    assert all(map(math.isfinite, found))
+
+
+@gpu
+def test_a_step_on_a_gpu_never_waits_for_it(monkeypatch, tmp_path):
+    step = train.pretrain_step
+
+    def watched(*args, **named):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return step(*args, **named)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(train, "pretrain_step", watched)
+    assert len(train_small(tmp_path, "--max-steps", 3, "--precision", "fp32")) == 3
