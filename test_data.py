@@ -127,7 +127,7 @@ def test_recipes():
     for recipe in data.RECIPES.values():
         assert list(recipe) == list(data.RECIPES["folder"])
         assert recipe["image_size"] % (8 if recipe["stem"] == "cifar" else 32) == 0
-        assert 0 < recipe["crop_min"] < 1 and 0.8 < recipe["tau_base"] < 1
+        assert 0 < recipe["crop_min"] < 1 and 0.5 < recipe["tau_base"] < 1
 
 
 # -------------------------------------------------------------------------------------- one reader

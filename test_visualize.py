@@ -1,6 +1,5 @@
 """Tests of visualize.py: maps and measures against known answers, figures, curves, bad input."""
 import ast
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 import data
 import visualize
 from care import CARE, Encoder, save_encoder
+from run import open_encoder
 from visualize import BAR, CELL, COLOURS, GAP, LINE, RUN_COLOURS
 
 TOP = LINE + 8  # pixels above an image whose title has one line
@@ -34,7 +34,7 @@ def trained(tmp_path_factory):
     torch.save({"model": model.state_dict(), "model_args": settings, "step": 1}, out / "last.pth")
     head = nn.Sequential(nn.Linear(model.online.encoder.dim5, 4), nn.BatchNorm1d(4))
     head[1].running_mean.normal_()
-    sha256 = hashlib.sha256((out / "encoder.pth").read_bytes()).hexdigest()
+    _, sha256 = open_encoder(out / "encoder.pth", None, None, seed=0)
     saved = {"head": "linear-bn", "classes": list("abcd"), "sha256": sha256}
     torch.save({**saved, "state": head.state_dict()}, out / "classifier.pth")
     write_log(out, [{"step": 0, "knn": 60.0}, *training_lines(4), {"step": 40, "knn": 70.0}])

@@ -148,7 +148,7 @@ def printable(name):
 def load_classifier(path, one):
     """-> a classifier that linear_eval.py trained on this encoder, and the names of its classes."""
     saved = load_checkpoint(path)
-    if not isinstance(saved, dict) or not one.sha256 or saved.get("sha256") != one.sha256:
+    if not isinstance(saved, dict) or saved.get("sha256") != one.sha256:
         raise InputError(f"{path}: not a classifier that linear_eval.py trained on this {one.path}")
     classes = saved["classes"]
     head = nn.Sequential(nn.Linear(one.encoder.dim5, len(classes)))
