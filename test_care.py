@@ -26,17 +26,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-import torchvision.transforms.functional as TF
-from PIL import Image, ImageFilter
 from torch import nn
-from torchvision import transforms
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import care
-import data
 from care import (CARE, Encoder, InputError, MultiHeadSelfAttention, PositionEncoding, load_encoder,
                   save_encoder)
-from conftest import Code, Thin, photo, slow
+from conftest import Code, Thin, slow
 
 
 def small(**changes):
@@ -722,181 +718,6 @@ class ForgedType:
     def __reduce__(self):
         fields = {"f": (np.dtype("O"), 0)}
         return np.dtype, ("V8", False, True), (3, "|", None, ("f",), fields, 8, 1, 0)
-
-
-# ----------------------------------------------------------------------------- data, views, stream
-CHANNEL_STD = torch.tensor(data.IMAGENET_STD).view(3, 1, 1)
-SHAPES_LEVELS = [  # green of the first ten training images at 64 px, on a 3x3 grid of pixels
-    [83, 140, 137, 86, 103, 150, 122, 83, 150], [99, 193, 134, 96, 166, 136, 193, 136, 138],
-    [111, 118, 119, 109, 71, 71, 148, 71, 149], [138, 98, 139, 109, 98, 110, 140, 168, 98],
-    [81, 89, 120, 169, 159, 128, 81, 93, 125], [128, 130, 132, 108, 130, 160, 126, 171, 140],
-    [74, 74, 130, 181, 109, 129, 128, 122, 123], [180, 98, 142, 143, 191, 143, 136, 141, 145],
-    [129, 131, 131, 131, 131, 131, 131, 131, 131], [144, 144, 145, 132, 163, 163, 130, 131, 140]]
-
-
-def test_shapes_are_functions_of_split_and_index():
-    shapes, again = data.Shapes("train", 50, 64), data.Shapes("train", 9, 64)
-    for index in (0, 8, 3):
-        image, label, box, mask = shapes.render(index)
-        assert np.array_equal(image, again.render(index)[0]) and label == index % 10
-        assert not np.array_equal(image, data.Shapes("val", 50, 64).render(index)[0])
-        assert image.dtype == np.uint8 and image.shape == (64, 64, 3) and mask.shape == (64, 64)
-        assert np.array_equal(box, data.mask_box(mask)) and 0.1 < mask.mean() < 0.75
-    for index, levels in enumerate(SHAPES_LEVELS):  # the same on every machine, to one gray level
-        found = data.Shapes("train", 10, 64).render(index)[0][16::16, 16::16, 1].ravel().astype(int)
-        assert abs(found - levels).max() <= 1
-    for index in range(10):  # the same image at any size: coarse averages agree
-        both = (data.Shapes("train", 10, size).render(index)[0] for size in (64, 256))
-        small_image, large = (image.astype(float) for image in both)
-        large = large.reshape(64, 4, 64, 4, 3).mean((1, 3))
-        assert np.abs(small_image - large).mean() < 4
-
-
-def row(**values):
-    """One view's parameters as `draw` gives them, neutral unless said otherwise."""
-    neutral = {"jitter": 0, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0, "order": 0,
-               "gray": 0, "sigma": 0, "solarize": 0}
-    return [float((neutral | values)[name]) for name in data.PARAMETERS]
-
-
-def batched(images, rows):
-    """`augment` on a batch of PIL images, de-normalised to 0..1."""
-    x = data.augment(torch.stack([TF.pil_to_tensor(image) for image in images]), torch.tensor(rows))
-    return x * CHANNEL_STD + torch.tensor(data.IMAGENET_MEAN).view(3, 1, 1)
-
-
-def test_device_jitter_is_torchvisions():
-    """Against torchvision's float operations, in all 24 orders, to 1e-4: its luma has 4 digits."""
-    rng = np.random.RandomState(0)
-    images = [photo(i) for i in range(24)]
-    rows = [row(jitter=1, brightness=rng.uniform(0.6, 1.4), contrast=rng.uniform(0.6, 1.4),
-                saturation=rng.uniform(0.8, 1.2), hue=rng.uniform(-0.1, 0.1), order=order)
-            for order in range(24)]
-    for image, parameters, found in zip(images, rows, batched(images, rows)):
-        expected, p = TF.to_tensor(image), dict(zip(data.PARAMETERS, parameters))
-        for step in data.ORDERS[int(p["order"])]:
-            name = ("brightness", "contrast", "saturation", "hue")[step]
-            expected = getattr(TF, f"adjust_{name}")(expected, p[name])
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-
-
-def test_device_gray_solarize_flip_and_normalisation():
-    """To 1.1e-4: torchvision's first luma weight is 0.2989. At solarize's jump, either side."""
-    images = [photo(i) for i in range(4)]
-    found = batched(images, [row(gray=1), row(solarize=1), row(gray=1, solarize=1), row()])
-    gray = TF.rgb_to_grayscale(TF.to_tensor(images[2]), 3)
-    solarized = torch.where((gray - 128 / 255).abs() < 2e-4, found[2], TF.solarize(gray, 128 / 255))
-    expected = [TF.rgb_to_grayscale(TF.to_tensor(images[0]), 3),
-                TF.to_tensor(TF.solarize(images[1], 128)), solarized, TF.to_tensor(images[3])]
-    for a, b in zip(found, expected):
-        torch.testing.assert_close(a, b, rtol=0, atol=1.1e-4)
-    assert torch.equal(TF.normalize(TF.to_tensor(images[3]), data.IMAGENET_MEAN, data.IMAGENET_STD),
-                       data.augment(TF.pil_to_tensor(images[3])[None], torch.tensor([row()]))[0])
-
-
-def test_device_blur_is_torchvisions():
-    """Against torchvision's to 1e-5; PIL's, repeated box filters, to 6 gray levels, mean 1."""
-    images = [photo(i, 224, 224) for i in range(4)]
-    sigmas = (0.1, 0.5, 1.2, 2.0)
-    found = batched(images, [row(sigma=sigma) for sigma in sigmas])
-    for image, sigma, blurred in zip(images, sigmas, found):
-        expected = TF.gaussian_blur(TF.to_tensor(image), 13, sigma)
-        torch.testing.assert_close(blurred, expected, rtol=0, atol=1e-5)
-        by_pil = TF.to_tensor(image.filter(ImageFilter.GaussianBlur(sigma)))
-        difference = (blurred - by_pil).abs() * 255
-        assert difference.max() < 6 and difference.mean() < 1
-
-
-def test_device_and_worker_views_are_the_same_views():
-    """--augment device against worker: PIL rounds to 8 bits at every step; mean 2 gray levels."""
-    for size in ((64, 64), (64, 96)):
-        source = data.Shapes("train", 16, 64)
-        views = {mode: data.Stream(source, data.TwoViews(size, mode), 0, 16)
-                 for mode in ("device", "worker")}
-        crops, parameters = zip(*(views["device"][n][0] for n in range(16)))
-        expected = torch.stack([views["worker"][n][0][0] for n in range(16)])
-        for i in (0, 1):
-            found = data.augment(torch.stack(crops)[:, i], torch.stack(parameters)[:, i])
-            assert found.shape[2:] == size
-            difference = (found - expected[:, i]).abs() * CHANNEL_STD * 255
-            assert difference.mean() < 2 and difference.flatten(1).mean(1).max() < 6
-
-
-def test_drawn_parameters_have_the_references_distribution():
-    """4,000 samples against torchvision's ColorJitter and the paper's chances; about 4 sigma."""
-    image = Image.new("RGB", (32, 32))
-    stream = data.Stream([(image, 0)], data.TwoViews((32, 32)), seed=3, per_epoch=1)
-    drawn = torch.stack([stream[n][0][1] for n in range(4000)])  # (4000, 2, 9)
-    for i, probability in ((0, {"jitter": 0.8, "gray": 0.2, "sigma": 1.0, "solarize": 0.0}),
-                           (1, {"jitter": 0.8, "gray": 0.2, "sigma": 0.1, "solarize": 0.2})):
-        p = dict(zip(data.PARAMETERS, drawn[:, i].unbind(1)))
-        for name, expected in probability.items():
-            assert abs((p[name] > 0).float().mean() - expected) <= 0.027
-        ranges = (("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.8, 1.2),
-                  ("hue", -0.1, 0.1))
-        for name, low, high in ranges:
-            uniform = torch.linspace(low, high, 4001)[1:] - (high - low) / 8000
-            # Kolmogorov-Smirnov
-            assert (p[name].sort().values - uniform).abs().max() < 0.035 * (high - low)
-        assert (torch.bincount(p["order"].long(), minlength=24) - 4000 / 24).abs().max() < 55
-        sigma = p["sigma"][p["sigma"] > 0] * 224 / 32
-        assert sigma.min() >= 0.1 and sigma.max() <= 2.0 and abs(sigma.mean() - 1.05) < 0.12
-    two = drawn.reshape(4000, -1)[:, [1, 2, 10, 11]].T
-    assert torch.corrcoef(two).fill_diagonal_(0).abs().max() < 0.07  # the two views are independent
-    neighbours = torch.stack((drawn[1:, 0, 1], drawn[:-1, 0, 1]))
-    assert torch.corrcoef(neighbours)[0, 1].abs() < 0.07
-
-
-def extent(crop):
-    """Width (negative if flipped) and height that a crop spans of an image of channels x and y."""
-    width = crop[:, -1, 0].mean() - crop[:, 0, 0].mean()
-    height = crop[-1, :, 1].mean() - crop[0, :, 1].mean()
-    return width, height
-
-
-def test_crops_and_flips_have_the_references_distribution():
-    x, y = np.meshgrid(np.arange(100), np.arange(80))
-    image = Image.fromarray(np.stack((x, y, 0 * x), 2).astype(np.uint8))
-    found, expected = [], []
-    for n in range(1500):
-        torch.manual_seed(n)
-        crop = np.asarray(data.crop_and_flip(image, (32, 48))).astype(float)
-        width, height = extent(crop)
-        found.append((abs(width), height, width > 0))
-        torch.manual_seed(n + 10 ** 6)
-        crop = np.asarray(transforms.RandomResizedCrop((32, 48))(image)).astype(float)
-        expected.append((*extent(crop), 0.5))
-    found, expected = np.array(found), np.array(expected)
-    for i in (0, 1):
-        a, b = np.sort(found[:, i]), np.sort(expected[:, i])
-        assert abs(np.searchsorted(a, b) / len(a) - np.arange(len(b)) / len(b)).max() < 0.07
-    assert abs(found[:, 2].mean() - 0.5) < 0.055
-
-
-def test_stream_visits_every_image_once_an_epoch():
-    source = data.Shapes("train", 23, 32)
-    stream = data.Stream(source, data.TwoViews((32, 32)), seed=5, per_epoch=20)
-    epochs = [[stream.index(n) for n in range(epoch * 20, epoch * 20 + 20)] for epoch in range(3)]
-    assert all(len(set(epoch)) == 20 for epoch in epochs) and epochs[0] != epochs[1]
-    other = data.Stream(stream.source, stream.transform, seed=6, per_epoch=20)
-    assert [other.index(n) for n in range(20)] != epochs[0]
-    again = data.Stream(stream.source, stream.transform, 5, 20)
-    assert all(map(torch.equal, stream[7][0], again[7][0]))
-    state = torch.get_rng_state()
-    stream[3]
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def test_ranks_and_accumulation_cut_the_same_global_batches():
-    whole = list(map(list, data.stream_batches(3, 6, 12)))
-    for world, accum_steps in ((2, 1), (1, 2), (3, 2), (2, 3)):
-        parts = [list(data.stream_batches(3, 6, 12, rank, world, accum_steps))
-                 for rank in range(world)]
-        assert all(len(part) == 3 * accum_steps for part in parts)
-        for step in range(3):
-            now = slice(step * accum_steps, (step + 1) * accum_steps)
-            taken = [n for part in parts for micro in part[now] for n in micro]
-            assert taken == whole[step] == list(range((step + 3) * 12, (step + 4) * 12))
 
 
 # ---------------------------------------------------------------------------------- golden numbers
