@@ -95,7 +95,7 @@ class Thin(ResNet):  # with fewer than 16 channels oneDNN (torch 2.14) corrupts 
 care.ARCHS["thin"] = Thin  # --arch thin, in this process and those of `start`
 SMALL = ["--data", "shapes:32", "--arch", "thin", "--image-size", "32", "--blocks", "1",
          "--hidden-dim", "64", "--batch-size", "8", "--base-lr", "0.05", "--epochs", "2",
-         "--tau-base", "0.99", "--crop-min", "0.08", "--knn-every", "0", "--workers", "0",
+         "--tau-base", "0.99", "--crop-min", "0.2", "--knn-every", "0", "--workers", "0",
          "--log-every", "1"]
 
 

@@ -293,8 +293,8 @@ def test_unreadable_images_are_replaced_and_counted(tmp_path, capsys):
     cut = (folder / "003.png").read_bytes()[:200]
     (folder / "003.png").write_bytes(cut)
     flags = ["--data", folder, "--batch-size", 4, "--epochs", 3]
-    assert train_small(tmp_path / "run", *flags)[-1]["unreadable"] == 1
-    train_small(tmp_path / "run", *flags)  # a resume has it from the checkpoint
+    train_small(tmp_path / "run", *flags, "--max-steps", 4)
+    assert train_small(tmp_path / "run", *flags)[-1]["unreadable"] == 1  # from the checkpoint
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1
     assert warnings[0].startswith(f"warning: cannot read {folder}/003.png (")
@@ -361,6 +361,24 @@ def test_statistics_that_are_not_finite_are_never_saved(tmp_path, capsys, monkey
     assert result.codes == [1, 1] and result.stderr.count("error: step 3") == 1, result.stderr
     for name in ("one", "two"):
         assert torch.load(tmp_path / name / "last.pth", weights_only=True)["step"] == 2
+
+
+def test_nothing_broken_is_saved_on_a_signal(tmp_path, capsys, monkeypatch):
+    """Between two checkpoints, in a step that is not logged."""
+    monkeypatch.setattr(train, "pretrain_step", train.pretrain_step)
+    infinite_variance()
+    step, calls = train.pretrain_step, []
+
+    def stop_in_the_third(*args, **named):
+        calls.append(0)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **named)
+
+    train.pretrain_step = stop_in_the_third
+    refused(capsys, *SMALL, "--out", tmp_path, "--log-every", 50, "--save-every", 50, code=1,
+            match="step 3: loss or weights not finite")
+    assert not (tmp_path / "last.pth").exists()
 
 
 def no_data_on_rank_1():
@@ -525,6 +543,24 @@ def test_a_full_disk_leaves_the_last_checkpoint(reference, tmp_path, capsys, mon
     train_small(tmp_path)
     assert same_log(tmp_path, reference) and same_encoder(tmp_path, reference)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Until the last moment the old one is there, whatever stops the new one."""
+    run.write_whole(tmp_path / "file", b"old")
+
+    def stop(*_):
+        assert (tmp_path / "file").read_bytes() == b"old"
+        raise KeyboardInterrupt
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                run.write_whole(tmp_path / "file", b"new")
+        assert (tmp_path / "file").read_bytes() == b"old"
+    run.write_whole(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
 
 
 def test_an_unwritable_directory(tmp_path, capsys):

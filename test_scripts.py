@@ -1,6 +1,8 @@
 """train.py and bench.py: what a run leaves, its protocol, ranks, kNN, the cost of a step, a GPU."""
+import argparse
 import contextlib
 import ctypes
+import inspect
 import json
 import math
 import os
@@ -56,7 +58,7 @@ def new_model():
 def losses_of(model, numbers, parts):
     """What a small run logs of a step on these samples, in so many parts."""
     stream = data.Stream(data.open_images("shapes:32", "pretrain", size=32),
-                         data.TwoViews((32, 32), crop_min=0.08), 0, 32)
+                         data.TwoViews((32, 32), crop_min=0.2), 0, 32)
     losses = {}
     for part in np.split(np.array(numbers), parts):
         batch = data.collate([stream[int(n)] for n in part])
@@ -219,6 +221,57 @@ def test_ablations_train(flags, tmp_path):
     assert given == ([32, 64] if len(values) == 2 else values[0] if values else True)
 
 
+def test_every_flag_of_the_model_reaches_it(monkeypatch):
+    """Whatever CARE takes can be said, but for out_dim, the paper's 256."""
+    given = {"arch": "resnet34", "image_size": [64, 32], "method": "byol", "blocks": 3, "heads": 2,
+             "position": "absolute", "tap": "conv5", "detach_trunk": True, "lambda_att": 7.5,
+             "hidden_dim": 32, "stem": "cifar"}
+    assert {*given, "out_dim"} == set(inspect.signature(CARE).parameters)
+    args = argparse.Namespace(**vars(train.parse_args(SMALL)) | given)
+    found = {}
+    monkeypatch.setattr(train, "CARE", lambda **named: found.update(named) or CARE())
+    train.new_model(args, CPU)
+    assert found == given
+
+
+def test_the_seed_decides_weights_and_samples(monkeypatch):
+    """Another one: other initial weights, other images, other views of them."""
+    seen = []
+
+    def load_batches(stream, *rest):
+        seen.append(([stream.index(n) for n in range(8)], stream[0][0][1]))
+        return iter(())
+
+    def restore(out, args, parts, *rest, **named):
+        seen.append(parts["model"].online.encoder.conv1.weight.clone())
+        return 0, ()
+
+    monkeypatch.setattr(train, "load_batches", load_batches)
+    monkeypatch.setattr(train, "restore", restore)
+    monkeypatch.setattr(train, "open_log", lambda *_: (None, []))
+    monkeypatch.setattr(train, "open_run", lambda *_: None)
+    for seed in (0, 0, 1):
+        with pytest.raises(StopIteration):
+            train.main([*SMALL, "--seed", str(seed), "--out", "nowhere"])
+    weights, draws = seen[0::2], seen[1::2]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert draws[0][0] == draws[1][0] != draws[2][0]
+    assert torch.equal(draws[0][1], draws[1][1]) and not torch.equal(draws[0][1], draws[2][1])
+
+
+def test_views_of_the_device_are_those_of_the_worker(reference, tmp_path):
+    """Both ways to augment give the same losses, but for PIL's rounding to 8 bits."""
+    line = train_small(tmp_path, "--augment", "worker", "--max-steps", 1)[0]
+    for name in ("loss_c", "loss_t", "loss_att", "std_c"):
+        assert line[name] == pytest.approx(steps(reference)[0][name], rel=0.02), name
+
+
+def test_the_schedule_ends_a_run(tmp_path):
+    """A larger --max-steps, and as many as there are."""
+    assert len(train_small(tmp_path / "more", "--max-steps", 99)) == 8
+    assert len(train_small(tmp_path / "equal", "--max-steps", 8)) == 8
+
+
 def test_kept_epochs(tmp_path):
     train_small(tmp_path, "--keep-epochs", 1)
     names = sorted(path.name for path in tmp_path.glob("epoch*"))
@@ -297,6 +350,29 @@ def test_two_ranks_are_one_process(device, tmp_path):
     for name, value in one["model"].items():
         if "running" not in name and "tracked" not in name:
             torch.testing.assert_close(two["model"][name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_a_step_is_the_plain_one():
+    """One loss over both orders and all parts, SGD, then the momentum branch; in float64."""
+    models, optimizers = [], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = CARE("thin", image_size=32, blocks=1, hidden_dim=32, out_dim=16).double()
+        models.append(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizers.append(torch.optim.SGD(trained, lr=0.02, momentum=0.9, weight_decay=1e-4))
+    for _ in range(3):
+        parts = torch.randn(2, 2, 4, 3, 32, 32, dtype=torch.float64)
+        train.pretrain_step(models[0], optimizers[0], torch.amp.GradScaler("cpu", enabled=False),
+                            contextlib.nullcontext(), parts, tuple, lr=0.02, tau=0.9)
+        losses = [models[1](x, y)["loss"] for x1, x2 in parts for x, y in ((x1, x2), (x2, x1))]
+        optimizers[1].zero_grad()
+        (sum(losses) / 2).backward()
+        optimizers[1].step()
+        for old, new in zip(models[1].momentum.parameters(), models[1].online.parameters()):
+            old.data.copy_(0.9 * old + 0.1 * new)
+    for found, wanted in zip(models[0].parameters(), models[1].parameters()):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_train_on_two_ranks(two_ranks, tmp_path):
