@@ -400,7 +400,7 @@ class CARE(nn.Module):
         loss (differentiable); of the streams loss_c, loss_t, std_c, std_t; loss_att, unscaled.
         """
         online = self.online(x_online)
-        with torch.no_grad():  # in train mode its batch norms, too, use the batch's statistics
+        with torch.no_grad():  # in train mode on purpose: its batch norms use batch statistics
             momentum = self.momentum(x_momentum)
         if self.method != "sequential":
             f1 = l2_normalize(self.predictor_c(online["c"]))  # (B, out_dim)

@@ -1,9 +1,9 @@
 """Transfer to detection and instance segmentation: the protocols of the paper's Tables 4 and 5.
 
   torchrun --nproc_per_node 8 detect_eval.py --pretrained runs/care_resnet50/encoder.pth     VOC
-  python detect_eval.py --pretrained runs/demo/encoder.pth --protocol coco-fpn --data shapes \\
+  python detect_eval.py --pretrained runs/shapes/encoder.pth --protocol coco-fpn --data shapes \\
       --batch-size 4 --rois 64 --iterations 300
-  python detect_eval.py --pretrained runs/demo/encoder.pth --export-detectron2 encoder.pkl
+  python detect_eval.py --pretrained runs/shapes/encoder.pth --export-detectron2 encoder.pkl
 
   voc-c4    Faster R-CNN: conv1-conv4 as backbone, conv5 and a batch norm as box head     Table 4
   coco-c4   Mask R-CNN: the same, and the mask head on the box head's map                 Table 4

@@ -1,4 +1,4 @@
-"""The paper's tables in miniature: every claim at a small scale, with seeds and spreads.
+"""Tables 1, 3, 6, 7, 8, Sec. 4.3 and Figure 4 of the paper in miniature, with seeds and spreads.
 
   python miniature.py                          everything, one job at a time
   python miniature.py --only table1 --jobs 2   one table, two jobs side by side

@@ -38,7 +38,10 @@ RECIPE_ARGS = ("arch", "stem", "image_size", "hidden_dim", "tau_base", "epochs",
 
 # ---------------------------------------------------------------------------------------- arguments
 def add_arguments(parser):
-    """The flags of pretraining. None: the recipe of --data decides."""
+    """The flags of pretraining; --data, --image-size and those on running stand in run.py.
+
+    Without a default here, the recipe of --data decides: RECIPES in data.py.
+    """
     paper = RECIPES["folder"]
 
     def by_data(name):
@@ -70,7 +73,8 @@ def add_arguments(parser):
         help=f"width of projectors and predictors {by_data('hidden_dim')}")
     add("--tau-base", type=float,
         help="momentum coefficient at the start, Sec. 4.1. The paper's 0.99 is made for 125,000 "
-             f"steps; a run of a thousand wants about 0.9 {by_data('tau_base')}")
+             "steps; a run of some hundred learns earlier with 0.9 to 0.8: tried on shapes, "
+             f"(1 - tau) x steps of 100 to 150 was best {by_data('tau_base')}")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int,
@@ -147,7 +151,9 @@ def recipe_flags(args):
 
 def ending(args, done, total_steps, scores):
     """The last lines of a run: where it stands, its kNN scores by step, what to type next."""
-    if done < total_steps and args.max_steps and done >= args.max_steps:
+    if done < total_steps and args.max_steps and done > args.max_steps:
+        return f"step {done} of {total_steps}: already beyond --max-steps {args.max_steps}"
+    if done < total_steps and args.max_steps and done == args.max_steps:
         return (f"step {done} of {total_steps}: as --max-steps says; with a larger one, or without "
                 "it, the same command goes on")
     if done < total_steps:
@@ -158,8 +164,9 @@ def ending(args, done, total_steps, scores):
         before = "random encoder" if first == 0 else f"after step {first}"
         lines.append(f"kNN top-1 on val: {scores[first]:.1f} {before}, {scores[last]:.1f} after "
                      f"step {last}")
-    lines.append(f"next: python linear_eval.py --data {args.data} --pretrained "
-                 f"{args.out}/encoder.pth")
+    if scores:  # where there are labels
+        lines.append(f"next: python linear_eval.py --data {args.data} --pretrained "
+                     f"{args.out}/encoder.pth")
     return "\n".join(lines)
 
 
@@ -210,8 +217,8 @@ def pretrain_step(model, optimizer, scaler, autocast, batches, views_of, lr, tau
         x1, x2 = views_of(batch)
         for x, y in ((x1, x2), (x2, x1)):  # one order at a time: only its activations are alive
             last = number == len(batches) and x is x2
-            alone = not last and hasattr(model, "no_sync")  # ranks exchange gradients once a step
-            with model.no_sync() if alone else contextlib.nullcontext():
+            wait = not last and hasattr(model, "no_sync")  # ranks exchange gradients once a step
+            with model.no_sync() if wait else contextlib.nullcontext():
                 with autocast:
                     out = model(x, y)
                 scaler.scale(out["loss"] / len(batches)).backward()
@@ -265,7 +272,7 @@ def main(argv=None):
             bank, val = open_labelled(args, args.knn_images)
     same_on_all_ranks(**{name: value for name, value in vars(args).items() if name not in FREE})
     if rank == 0:
-        print(f"python train.py {recipe_flags(args)}\n{describe(source)}", flush=True)
+        print(f"recipe: {recipe_flags(args)}\n{describe(source)}", flush=True)
 
     # model, and where an earlier run of the same command got to
     with user_errors():
@@ -295,10 +302,11 @@ def main(argv=None):
     run = SimpleNamespace(rank=rank, world=world, device=device, autocast=autocast,
                           stopping=signals)
 
-    # the loop: kNN; lr, views, two half steps, optimiser, momentum update; log, save
+    # the loop: kNN; lr, views, two half steps, optimiser, momentum update; log, save. The model
+    # stays in train mode; kNN scores a copy.
     done, saved, meters, failure = start, start, {}, None
     logged_at, logged_step = time.time(), start
-    for step in range(start, stop + 1):
+    for step in range(start, stop + 1):  # one turn more than steps: the last one only scores
         if knn_steps and step % knn_steps == 0 and not agree(step in scores):
             found = knn(run, args, encoder, bank, val, ks=(20,))
             if found is None:  # a signal
