@@ -26,7 +26,7 @@ from torchvision import datasets, transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from care import InputError
-from shapes import Shapes, mask_box, render_clutter, render_shape  # noqa: F401  mask_box: detect_eval
+from shapes import Shapes, render_clutter, render_shape
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -504,7 +504,7 @@ def test_a_foreign_encoder_is_saved_and_read_back(tmp_path):
     model = around(Plain())
     save_encoder(model.online.encoder, tmp_path / "plain.pth")
     fresh = Plain()
-    fresh.load_state_dict(torch.load(tmp_path / "plain.pth"))
+    fresh.load_state_dict(torch.load(tmp_path / "plain.pth", weights_only=True))
     assert torch.equal(fresh.last.weight, model.online.encoder.last.weight)
     with pytest.raises(InputError, match="no ResNet encoder"):
         load_encoder(tmp_path / "plain.pth")

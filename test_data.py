@@ -585,13 +585,13 @@ SHAPES_LEVELS = [  # green of the first ten training images at 64 px, on a 3x3 g
 
 
 def test_shapes_are_functions_of_split_and_index():
-    shapes, again = data.Shapes("train", 50, 64), data.Shapes("train", 9, 64)
+    images, again = data.Shapes("train", 50, 64), data.Shapes("train", 9, 64)
     for index in (0, 8, 3):
-        image, label, box, mask = shapes.render(index)
+        image, label, box, mask = images.render(index)
         assert np.array_equal(image, again.render(index)[0]) and label == index % 10
         assert not np.array_equal(image, data.Shapes("val", 50, 64).render(index)[0])
         assert image.dtype == np.uint8 and image.shape == (64, 64, 3) and mask.shape == (64, 64)
-        assert np.array_equal(box, data.mask_box(mask)) and 0.1 < mask.mean() < 0.75
+        assert np.array_equal(box, shapes.mask_box(mask)) and 0.1 < mask.mean() < 0.75
     for index, levels in enumerate(SHAPES_LEVELS):  # the same on every machine, to one gray level
         found = data.Shapes("train", 10, 64).render(index)[0][16::16, 16::16, 1].ravel().astype(int)
         assert abs(found - levels).max() <= 1
