@@ -545,6 +545,7 @@ def main(argv=None):
     if rank == 0:
         print(last_line)
     if world > 1:
+        dist.barrier()  # no rank takes the group away from one that is still in it
         dist.destroy_process_group()
 
 

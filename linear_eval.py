@@ -211,6 +211,7 @@ def leave(run, message):
     if run.rank == 0:
         print(message)
     if run.world > 1:
+        dist.barrier()  # no rank takes the group away from one that is still in it
         dist.destroy_process_group()
 
 

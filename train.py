@@ -371,6 +371,7 @@ def main(argv=None):
     if rank == 0:
         print(ending(args, done, total_steps, scores))
     if world > 1:
+        dist.barrier()  # no rank takes the group away from one that is still in it
         dist.destroy_process_group()
 
 
