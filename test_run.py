@@ -537,7 +537,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(reference, tmp_path, capsys, mon
             patch.setattr(place, name, function, raising=False)
             refused(capsys, *flags, code=code, match=match)
     assert (tmp_path / "last.pth").read_bytes() == good
-    (tmp_path / "last.pth.tmp").write_bytes(b"half a file")
+    (tmp_path / "epoch0001.pth.tmp").write_bytes(b"half a file")
     with open(tmp_path / "log.jsonl", "a") as log:
         log.write('{"step": 4, "loss')  # half a line
     train_small(tmp_path)
