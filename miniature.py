@@ -57,7 +57,6 @@ COLUMNS = {  # column of a table -> score, and its key in the last line of the s
     "kNN": ("kNN", "top1"),
     "1 %": ("1 %", "top1"),
     "10 %": ("10 %", "top1"),
-    "100 %": ("100 %", "top1"),
     "maximum inside": ("figure", "pointing"),
     "map inside": ("figure", "energy"),
 }
@@ -208,17 +207,19 @@ def commands(args, encoder, score, seed):
 
 
 def start(command, threads):
-    """Run a script of ours to its end -> the last line on its stdout, a dict, or None.
-
-    Its own error ends this one, with its text.
-    """
+    """Run a script of ours -> the lines on its stdout. Its error ends this one, with its text."""
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     result = subprocess.run([sys.executable, *command], cwd=HERE, env=environment,
                             capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
-    lines = result.stdout.splitlines()
-    return json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None
+    return result.stdout.splitlines()
+
+
+def check_finished(lines, sign, command):
+    """RuntimeError unless a line says that a script came to its end: a signal stops one early."""
+    if not any(sign in line for line in lines):
+        raise RuntimeError(f"{' '.join(command)}\nstopped before its end; the same command goes on")
 
 
 def run_jobs(args, encoder, seed, scores):
@@ -227,12 +228,14 @@ def run_jobs(args, encoder, seed, scores):
     before, _ = commands(args, encoder, scores[0], seed)
     began = time.time()
     for command in before:
-        start(command, threads)
+        check_finished(start(command, threads), ": encoder in ", command)
     pretraining = time.time() - began
     for score in scores:
         began = time.time()
         _, command = commands(args, encoder, score, seed)
-        line = {"encoder": encoder, "seed": seed, "score": score, "result": start(command, threads),
+        lines = start(command, threads)
+        check_finished(lines[-1:], '{"', command)
+        line = {"encoder": encoder, "seed": seed, "score": score, "result": json.loads(lines[-1]),
                 "seconds": round(time.time() - began), "pretraining_seconds": round(pretraining),
                 "commands": ["python " + " ".join(one) for one in [*before, command]],
                 "machine": machine(args.jobs)}

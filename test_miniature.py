@@ -79,3 +79,21 @@ def test_a_job_that_fails_says_why(tmp_path, monkeypatch, capsys):
     assert caught.value.code == 1
     assert "--batch-size 0: must lie in" in capsys.readouterr().err
     assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("stopped, said", [
+    ("train.py", "step 3 of 9: stopped, the same command goes on"),
+    ("linear_eval.py", "stopped while scoring; the same command goes on")])
+def test_a_job_that_a_signal_stopped_is_not_finished(stopped, said, tmp_path, monkeypatch, capsys):
+    """It ends with exit code 0: a half-trained encoder must not be scored, no score not kept."""
+    def start(command, threads):
+        whole = ["step 9 of 9: encoder in x", '{"top1": 1.0}']
+        return [said] if command[0] == stopped else whole
+
+    monkeypatch.setattr(miniature, "start", start)
+    monkeypatch.setitem(miniature.TABLES["table1"], "rows", [("CARE", "care", "-")])
+    results = tmp_path / "results.json"
+    with pytest.raises(SystemExit):
+        miniature.main([*QUICK, "--runs", str(tmp_path / "runs"), "--results", str(results)])
+    assert f"{stopped} --" in (error := capsys.readouterr().err) and "stopped before" in error
+    assert not results.exists()
