@@ -224,8 +224,8 @@ def user_errors(code=2, what=""):
         yield
     except (InputError, OSError) as error:
         message = f"{what}{error}"
-    messages = [one for one in gather(message) if one is not None]
-    if messages:
+    if agree(message is not None):  # one number a batch; texts are exchanged only if there is one
+        messages = [one for one in gather(message) if one is not None]
         fail(messages[0], code)
 
 
