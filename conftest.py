@@ -155,6 +155,13 @@ def images(folder, count, size=(40, 36)):
     return folder
 
 
+def class_folders(root, names, count=2):
+    """A folder a name, with some images each -> root."""
+    for name in names:
+        images(root / name, count, size=(32, 32))
+    return root
+
+
 class Code:
     """Makes a folder when it is unpickled."""
 

@@ -21,8 +21,9 @@ from torch import nn
 from torch.utils.data import Subset
 
 from care import InputError, pool
-from linear_eval import (add_evaluation_arguments, evaluate, finish, fit, labels_of, new_head,
-                         open_sets, setup, split_by_class)
+from knn import labels_of, split_by_class
+from linear_eval import (add_evaluation_arguments, evaluate, finish, fit, new_head, open_sets,
+                         setup)
 from run import check_ranges, fail, new_parser, use_recipe, user_errors, write_whole
 
 

@@ -22,6 +22,8 @@ from shapes import mask_box
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROTOCOLS = ("voc-c4", "coco-c4", "coco-fpn")
+
+
 def detector(protocol, classes=10, size=64, rois=8, arch="thin"):
     torch.manual_seed(0)
     return detect_eval.new_detector(care.Encoder(arch), protocol, classes, [size], rois)

@@ -1,5 +1,4 @@
 """linear_eval.py and semi_eval.py: what they compute, and the scripts end to end."""
-import argparse
 import json
 import math
 import os
@@ -7,7 +6,6 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,11 +15,11 @@ from torchvision import transforms
 
 import care
 import data
+import knn
 import linear_eval
 import semi_eval
 from care import Encoder, save_encoder
-from conftest import CPU, header, images, photo, refused, steps, torchrun, train_small
-from run import setup_ranks
+from conftest import class_folders, header, images, photo, refused, steps, torchrun, train_small
 
 EVAL = ["--image-size", "32", "--workers", "0", "--log-every", "1"]
 LINEAR = [*EVAL, "--data", "shapes:60", "--batch-size", "20", "--epochs", "2",
@@ -40,7 +38,7 @@ def few_validation_images(monkeypatch):
             source.targets = source.targets[:100]
         return source
 
-    monkeypatch.setattr(linear_eval, "open_images", open_fewer)
+    monkeypatch.setattr(knn, "open_images", open_fewer)
 
 
 def evaluated(capsys, script, out, *flags):
@@ -62,12 +60,6 @@ def stopped(capsys, script, out, *flags):
         script.main([*own, "--out", str(out), *map(str, flags)])
     assert caught.value.code == 0
     return capsys.readouterr().out.splitlines()[-1]
-
-
-def class_folders(root, names, count=2):
-    for name in names:
-        images(root / name, count, size=(32, 32))
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -200,17 +192,6 @@ def test_defaults_are_the_papers_and_the_recipes(script, flags, expected):
     assert {key: args[key] for key in expected} == expected
 
 
-def test_scoring_crops_are_torchvisions():
-    """Resize 256, centre crop 224; a picture that has the input's size is scored whole."""
-    standard = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
-    picture = photo(0, height=300, width=400)
-    found = linear_eval.centre_crop(picture, [224, 224])
-    assert torch.equal(found, TF.pil_to_tensor(standard(picture)))
-    whole = photo(1, height=32, width=48)
-    assert torch.equal(linear_eval.centre_crop(whole, [32, 48]), TF.pil_to_tensor(whole))
-    assert linear_eval.centre_crop(whole, [48, 32]).shape == (3, 48, 32)
-
-
 # ----------------------------------------------------------------------------------- linear_eval.py
 def test_linear_evaluation(encoder_file, tmp_path, capsys):
     """The final line holds all that is needed to repeat it."""
@@ -266,7 +247,7 @@ def test_rates_are_chosen_on_held_out_training_images(tmp_path, capsys, monkeypa
     flags = [*RANDOM, "--data", "shapes:1200", "--labels", 1200, "--batch-size", 200, "--epochs", 1]
     result = evaluated(capsys, linear_eval, tmp_path / "a", *flags, "--lr", 0.001, 0.1, 20)
     held_out, val = seen
-    assert linear_eval.labels_of(held_out).bincount().tolist() == [10] * 10
+    assert knn.labels_of(held_out).bincount().tolist() == [10] * 10
     assert held_out.dataset.split == "train" and val.split == "val"
     assert set(result["choice"]) == {"0.001", "0.1", "20.0"}
     assert str(result["lr"]) == max(result["choice"], key=result["choice"].get)
@@ -443,29 +424,6 @@ def test_evaluation_refuses_another_encoder_on_resume(encoder_file, tmp_path, ca
     refuse(capsys, "sha256 was", "--out", tmp_path, "--pretrained", encoder_file)
 
 
-# ---------------------------------------------------------------------------------- labelled images
-def labelled(data="shapes:4000", size=32, **more):
-    return SimpleNamespace(data=str(data), data_root="data", image_size=[size, size], **more)
-
-
-def test_labels_are_as_many_of_every_class_and_always_the_same(tmp_path):
-    train, val = linear_eval.open_labelled(labelled(seed=0), 100)
-    assert linear_eval.labels_of(train).bincount().tolist() == [10] * 10
-    assert val.split == "val" and val.classes == data.Shapes.classes
-    other_seed, _ = linear_eval.open_labelled(labelled(seed=1), 100)
-    assert list(train.indices) == list(other_seed.indices)
-    whole, _ = linear_eval.open_labelled(labelled(data="shapes:50"), 100)
-    assert len(whole) == 50
-    with pytest.raises(care.InputError, match="9 labels are fewer than the 10 classes"):
-        linear_eval.open_labelled(labelled(), 9)
-    for split, names in (("train", "ab"), ("val", "ac")):
-        class_folders(tmp_path / "set" / split, names)
-    with pytest.raises(care.InputError, match="differ in classes .b, c"):
-        linear_eval.open_labelled(labelled(tmp_path / "set"))
-    with pytest.raises(care.InputError, match="no folder train"):
-        linear_eval.open_labelled(labelled(images(tmp_path / "flat", 3)))
-
-
 def test_labels_flag_reaches_linear_and_knn(tmp_path, capsys):
     result = evaluated(capsys, linear_eval, tmp_path / "a", *RANDOM, "--labels", 40)
     assert result["labels"] == 40 and steps(tmp_path / "a")[-1]["step"] == 4
@@ -475,163 +433,13 @@ def test_labels_flag_reaches_linear_and_knn(tmp_path, capsys):
     assert 10 < result["top1"] <= result["top5"] <= 100 and "top5_k200" in result
 
 
-# ---------------------------------------------------------------------------------- scoring and kNN
-def test_top_k_is_a_naive_count():
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(50, 12, generator=generator)
-    labels = torch.randint(12, (50,), generator=generator)
-    first = five = 0
-    for row, label in zip(scores.tolist(), labels.tolist()):
-        rank = sum(score > row[label] for score in row)
-        first, five = first + (rank < 1), five + (rank < 5)
-    assert linear_eval.count_correct(scores, labels).tolist() == [first, five]
-    assert linear_eval.count_correct(scores[:, :3], labels % 3)[1] == 50  # fewer than five classes
-
-
-def alone(**changes):
-    """A run on one rank, and the arguments that scoring reads."""
-    run = SimpleNamespace(rank=0, world=1, device=CPU, stopping=[],
-                          autocast=torch.autocast("cpu", enabled=False))
-    vars(run).update(changes)
-    return run, SimpleNamespace(image_size=[32, 32], seed=0, workers=0, out="x")
-
-
-@pytest.mark.parametrize("count, batch, world", [(10, 4, 1), (10, 4, 2), (7, 6, 3), (2, 8, 4)])
-def test_every_image_is_scored_once(count, batch, world, monkeypatch):
-    monkeypatch.setattr(linear_eval, "SCORING_BATCH", batch)
-    monkeypatch.setattr(linear_eval, "agree", lambda flag: max(int(flag), 0))
-    seen = []
-    for rank in range(world):
-        run, args = alone(rank=rank, world=world)
-        source = data.Shapes("val", count, 32)
-        found = [labels for _, labels in linear_eval.batches_in_order(run, args, source, "val")]
-        assert all(0 < len(labels) <= max(1, batch // world) for labels in found)
-        seen += torch.cat(found).tolist() if found else []
-    assert sorted(seen) == list(range(count))  # fewer than ten: label = index
-
-
-def labelled_features(encoder, source):
-    """Normalised features and labels, image by image, in numpy."""
-    found = []
-    for image, label in (source[index] for index in range(len(source))):
-        x = TF.normalize(TF.to_tensor(image), data.IMAGENET_MEAN, data.IMAGENET_STD)[None]
-        with torch.no_grad():
-            feature = encoder(x)[1].mean((2, 3))[0].numpy().astype(np.float64)
-        found.append((feature / np.sqrt((feature ** 2).sum()), label))
-    return found
-
-
-def brute_force(queries, bank, k):
-    """Top-1 and top-5 in percent, by loops."""
-    first = five = 0
-    for query, truth in queries:
-        votes = [0.0] * 10
-        cosines = sorted(((float(query @ other), label) for other, label in bank), reverse=True)
-        for cosine, label in cosines[:k]:
-            votes[label] += math.exp(cosine / 0.07)
-        rank = sum(vote > votes[truth] for vote in votes)
-        first, five = first + (rank == 0), five + (rank < 5)
-    return 100 * first / len(queries), 100 * five / len(queries)
-
-
-@pytest.fixture(scope="module")
-def warm_encoder():
-    """Its batch norms have seen images."""
-    torch.manual_seed(0)
-    encoder = Encoder("thin")
-    for seed in range(30):
-        image = TF.to_tensor(photo(seed, 64, 64))
-        encoder(torch.stack([image, image.flip(2), image.flip(1)]) * 4 - 2)
-    return encoder
-
-
-def test_knn_is_a_brute_force_loop(warm_encoder, monkeypatch):
-    """k = 20 is the head of k = 200, batch by batch; a bank smaller than k votes as a whole."""
-    monkeypatch.setattr(linear_eval, "SCORING_BATCH", 32)
-    run, args = alone()
-    val = data.Shapes("val", 60, 32)
-    queries = labelled_features(warm_encoder.eval(), val)
-    known = labelled_features(warm_encoder, data.Shapes("train", 230, 32))
-    for count in (230, 70):
-        bank = data.Shapes("train", count, 32)
-        found = linear_eval.knn(run, args, warm_encoder.train(), bank, val)
-        for k, suffix in ((20, ""), (200, "_k200")):
-            expected = brute_force(queries, known[:count], k)
-            assert (found[f"top1{suffix}"], found[f"top5{suffix}"]) == pytest.approx(expected)
-    assert found["top1"] != found["top1_k200"]
-    first = linear_eval.knn(run, args, warm_encoder, bank, val, ks=(20,))
-    assert first == {"top1": found["top1"], "top5": found["top5"]}
-
-
-@pytest.mark.parametrize("mode", [True, False])
-def test_knn_leaves_the_encoder_and_the_random_state_alone(mode, warm_encoder):
-    before = {name: value.clone() for name, value in warm_encoder.state_dict().items()}
-    warm_encoder.train(mode)
-    run, args = alone()
-    state = torch.get_rng_state()
-    bank, val = data.Shapes("train", 20, 32), data.Shapes("val", 10, 32)
-    linear_eval.knn(run, args, warm_encoder, bank, val)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(module.training is mode for module in warm_encoder.modules())
-    for name, value in warm_encoder.state_dict().items():
-        assert torch.equal(before[name], value)
-
-
-@pytest.mark.parametrize("batches", [0, 1, 4])
-def test_knn_gives_nothing_after_a_signal(batches, warm_encoder, monkeypatch):
-    """Before, while features of val are taken, while those of the bank are."""
-    run, args = alone()
-    monkeypatch.setattr(linear_eval, "SCORING_BATCH", 5)
-    batches_in_order, seen = linear_eval.batches_in_order, []
-
-    def interrupted(*arguments):
-        for batch in batches_in_order(*arguments):
-            seen.append(batch)
-            yield batch
-            if len(seen) == batches:
-                run.stopping.append(signal.SIGTERM)
-
-    monkeypatch.setattr(linear_eval, "batches_in_order", interrupted)
-    if batches == 0:
-        run.stopping.append(signal.SIGTERM)
-    found = linear_eval.knn(run, args, warm_encoder, data.Shapes("train", 20, 32),
-                            data.Shapes("val", 10, 32))
-    assert found is None and len(seen) == batches
-
-
-def knn_of_a_rank(weights, out):
-    """kNN of odd numbers of images; a rank's running statistics are its own on a CPU."""
-    rank, world, device = setup_ranks(argparse.Namespace(workers=0))
-    run, args = alone(rank=rank, world=world, device=device)
-    encoder = Encoder("thin")
-    encoder.load_state_dict(torch.load(weights, weights_only=True))
-    linear_eval.SCORING_BATCH = 32
-    if rank > 0:
-        encoder.bn1.running_mean += 1
-    found = linear_eval.knn(run, args, encoder, data.Shapes("train", 231, 32),
-                            data.Shapes("val", 61, 32))
-    assert rank == 0 or encoder.bn1.running_mean.mean() > 0.5
-    Path(f"{out}{rank}").write_text(json.dumps(found))
-
-
-def test_two_ranks_score_knn_as_one(warm_encoder, tmp_path):
-    save_encoder(warm_encoder, tmp_path / "encoder.pth")
-    result = torchrun(2, knn_of_a_rank, tmp_path / "encoder.pth", tmp_path / "rank")
-    assert result.returncode == 0, result.stderr
-    run, args = alone()
-    one = linear_eval.knn(run, args, warm_encoder, data.Shapes("train", 231, 32),
-                          data.Shapes("val", 61, 32))
-    for rank in (0, 1):
-        assert json.loads((tmp_path / f"rank{rank}").read_text()) == pytest.approx(one)
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_linear_evaluation_on_two_ranks(tmp_path, capsys, monkeypatch):
     """The standard head has no batch norm: two ranks train and score as one process does."""
     flags = [*RANDOM, "--head", "linear", "--lr", "0.1", "0.3", "--data", "shapes:100"]
     result = torchrun(2, "linear_eval.py", *LINEAR, *flags, "--out", tmp_path / "two")
     assert result.returncode == 0, result.stderr
-    monkeypatch.setattr(linear_eval, "open_images", data.open_images)  # as the ranks: all of val
+    monkeypatch.setattr(knn, "open_images", data.open_images)  # as the ranks: all of val
     one = evaluated(capsys, linear_eval, tmp_path / "one", *flags)
     two = json.loads(result.stdout.splitlines()[-1])
     assert len(steps(tmp_path / "one")) == len(steps(tmp_path / "two")) == 8

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from care import ARCHS, CARE, METHODS, POSITIONS, TAPS, InputError, save_encoder, tau_at
 from data import (NAMED_SETS, RECIPES, Stream, TwoViews, augment, describe, open_images,
                   stream_batches)
-from linear_eval import knn, open_labelled
+from knn import knn, open_labelled
 from run import (Unreadable, add_data_arguments, add_run_arguments, agree, as_bytes, average,
                  catch_signals, check_finite, check_ranges, checkpoint_of, fail, load_batches,
                  memory_gib, new_parser, open_log, open_run, parallelise, restore,
