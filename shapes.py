@@ -267,21 +267,30 @@ def render_scene(split, index, size):
 
 
 class Shapes:
-    """A data set: [index] -> (PIL image, label), rendered at `size` pixels by `renderer`."""
+    """A data set: [index] -> (PIL image, label), rendered at `size` pixels by `renderer`.
 
+    Rendered images are kept, up to KEPT bytes: a run of some epochs renders each of them once.
+    """
+
+    KEPT = 2 ** 26
     classes = CLASSES
     root = "shapes.py, rendered"
 
     def __init__(self, split="train", length=4000, size=64, renderer=render_shape):
         self.split, self.size, self.renderer = split, size, renderer
         self.targets = np.arange(length) % len(CLASSES)
+        self.kept = {}
 
     def __len__(self):
         return len(self.targets)
 
     def __getitem__(self, index):
-        image, label, _, _ = self.render(index)
-        return Image.fromarray(image), label
+        image = self.kept.get(index)
+        if image is None:
+            image, _, _, _ = self.render(index)
+            if (len(self.kept) + 1) * image.nbytes <= self.KEPT:
+                self.kept[index] = image
+        return Image.fromarray(image), int(self.targets[index])
 
     def render(self, index):
         """-> image (size, size, 3) uint8, label, box (x0, y0, x1, y1), mask (size, size) bool."""

@@ -602,6 +602,25 @@ def test_shapes_are_functions_of_split_and_index():
         assert np.abs(small_image - large).mean() < 4
 
 
+def test_rendered_images_are_kept_up_to_a_limit(monkeypatch):
+    """A second look renders nothing, and what was done to the first does not show."""
+    source, rendered = data.Shapes("train", 5, 32), []
+
+    def render(split, index, size):
+        rendered.append(index)
+        return shapes.render_shape(split, index, size)
+
+    source.renderer = render
+    monkeypatch.setattr(data.Shapes, "KEPT", 3 * 32 * 32 * 3)
+    for _ in range(2):
+        for index in range(5):
+            image, label = source[index]
+            expected = shapes.render_shape("train", index, 32)
+            assert np.array_equal(image, expected[0]) and label == expected[1]
+            image.paste((0, 0, 0), (0, 0, 32, 32))
+    assert rendered == [0, 1, 2, 3, 4, 3, 4]
+
+
 def row(**values):
     """One view's parameters as `draw` gives them, neutral unless said otherwise."""
     neutral = {"jitter": 0, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0, "order": 0,
