@@ -34,7 +34,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # smallest crop's share of an image; warmup_epochs None: min(10, epochs / 10). knn_images labelled
 # ones are kNN's bank every knn_every epochs; labels (None: all), head, linear_epochs: linear_eval.
 PAPER = {
-    "arch": "resnet50", "stem": "imagenet", "image_size": 224, "hidden_dim": 4096,
+    "arch": "resnet50", "stem": "imagenet", "image_size": 224, "blocks": 5, "hidden_dim": 4096,
     "batch_size": 1024, "base_lr": 0.05, "epochs": 100, "warmup_epochs": None, "tau_base": 0.99,
     "crop_min": 0.08, "knn_every": 0, "knn_images": 50000, "labels": None, "head": "linear-bn",
     "linear_epochs": 80}
@@ -47,7 +47,7 @@ SMALL = PAPER | {  # small crops of small images show next to nothing
     "knn_every": 10, "knn_images": 5000}
 RECIPES = {
     "folder": PAPER,
-    "shapes": MINUTES | {"image_size": 32, "epochs": 7},  # 875 steps
+    "shapes": MINUTES | {"image_size": 32, "blocks": 2, "epochs": 6},  # 750 steps
     "clutter": MINUTES | {"image_size": 64, "epochs": 8},  # 1,000 steps, 16 positions at conv4
     "cifar10": SMALL | {"stem": "cifar", "image_size": 32},
     "stl10": SMALL | {"image_size": 96, "epochs": 100, "knn_every": 5},

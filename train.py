@@ -32,8 +32,8 @@ FREE = ("data_root", "workers", "compile", "out", "save_every", "keep_epochs", "
         "max_steps", "knn_every", "knn_images")
 MODEL_ARGS = ("arch", "image_size", "method", "blocks", "heads", "position", "tap", "detach_trunk",
               "lambda_att", "hidden_dim", "stem")
-RECIPE_ARGS = ("arch", "stem", "image_size", "hidden_dim", "tau_base", "epochs", "warmup_epochs",
-               "batch_size", "base_lr", "crop_min", "knn_every", "knn_images")
+RECIPE_ARGS = ("arch", "stem", "image_size", "blocks", "hidden_dim", "tau_base", "epochs",
+               "warmup_epochs", "batch_size", "base_lr", "crop_min", "knn_every", "knn_images")
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -61,7 +61,7 @@ def add_arguments(parser):
     add("--method", choices=METHODS, default="care",
         help="care: two streams; sequential: one (Sec. 4.3); byol: the C-stream alone (Fig. 4)")
     add("--lambda-att", type=float, default=100.0, help="lambda of Eq. (5), Table 6 (default 100)")
-    add("--blocks", type=int, default=5, help="attention blocks n, Table 7 (default 5)")
+    add("--blocks", type=int, help=f"attention blocks n, Table 7 {by_data('blocks')}")
     add("--heads", type=int, default=4, help="attention heads (default 4, the release's)")
     add("--position", choices=POSITIONS, default="relative",
         help="position encoding, Table 8 (default relative)")
