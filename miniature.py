@@ -49,7 +49,7 @@ SCORERS = {  # score -> the command that prints it, less encoder, data, seed and
     "kNN": ["linear_eval.py", "--knn"],
     "1 %": ["semi_eval.py", "--percent", "1"],
     "10 %": ["semi_eval.py", "--percent", "10"],
-    "100 %": ["semi_eval.py", "--percent", "100"],
+    "100 %": ["semi_eval.py", "--percent", "100", "--epochs", "10", "--batch-size", "64"],
     "figure": ["visualize.py", "--layer", "conv4"],
 }
 COLUMNS = {  # column of a table -> score, and its key in the last line of the scorer's output
@@ -155,6 +155,8 @@ def parse_args(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--only", choices=TABLES, nargs="+", help="these tables (default: all)")
+    add("--encoders", choices=[*PRETRAINED, "random", "supervised"], nargs="+",
+        help="these rows of them (default: all)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     add("--jobs", type=int, default=1, help="jobs side by side; on a CPU they share its cores")
     add("--data", default="clutter", help="clutter, or clutter:N for a quick try")
@@ -353,6 +355,8 @@ def main(argv=None):
     results = read_results(args.results)
     groups = {}  # the scores of one encoder and seed are one job: pretraining is shared
     for encoder, score, seed in wanted_jobs(args.only or TABLES, args.seeds):
+        if args.encoders and encoder not in args.encoders:
+            continue
         if (encoder, score, seed) not in results:
             groups.setdefault((encoder, seed), []).append(score)
     with ThreadPoolExecutor(args.jobs) as pool:
