@@ -1,4 +1,4 @@
-"""Linear classification on frozen features, and kNN: the paper's Tables 1 and 2.
+"""Linear classification on frozen features (Tables 1 and 2), and kNN, which stands in knn.py.
 
   torchrun --nproc_per_node 8 linear_eval.py --pretrained runs/care_resnet50/encoder.pth
   python linear_eval.py --data shapes --pretrained runs/shapes/encoder.pth

@@ -1,4 +1,4 @@
-"""Tables 1, 3, 6, 7, 8, Sec. 4.3 and Figure 4 of the paper in miniature, with seeds and spreads.
+"""Tables 1, 3, 6, 7, 8, Sec. 3.3 and 4.3 and Figure 4 in miniature, with seeds and spreads.
 
   python miniature.py                          everything, one job at a time
   python miniature.py --only table1 --jobs 2   one table, two jobs side by side
@@ -7,7 +7,7 @@ Starts the scripts as a user does: pretraining on the embedded `clutter` by its 
 score. A finished job is a line of docs/miniature.json; docs/miniature.md is made from these lines.
 The same command again goes on where it stopped.
 
-What is tuned (rate, tau, crops, steps) was tuned on BYOL and is the same for all rows of a table;
+What is tuned (rate, crops, steps) was tuned on BYOL, tau is that of `shapes`: the same in all rows.
 lambda, n and the position encoding are the paper's.
 """
 import json

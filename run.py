@@ -59,11 +59,11 @@ def add_data_arguments(add):
     """--data, --data-root, --image-size: for every script that reads images."""
     add("--data", default="imagenet", metavar="PATH|NAME",
         help="folder with train/ and val/ (to pretrain: any folder of images), or one of "
-             f"{', '.join(NAMED_SETS)}; shapes:N has N training images (default ./imagenet)")
+             f"{', '.join(NAMED_SETS)}; shapes:N, clutter:N: of N images (default ./imagenet)")
     add("--data-root", default="data", metavar="DIR",
         help="where cifar10, stl10 and imagenette are downloaded to (default ./data)")
     add("--image-size", type=int, nargs="+", metavar="PX",
-        help="one or two (height, width) multiples of 32, of 8 with a cifar stem; see --data")
+        help="height, width: multiples of 32, of 8 with a cifar stem (default: by --data)")
 
 
 def add_run_arguments(add):
@@ -77,7 +77,7 @@ def add_run_arguments(add):
     add("--log-every", type=int, default=10, metavar="STEPS", help="between log lines (default 10)")
     add("--max-steps", type=int, metavar="N",
         help="stop with a checkpoint after step N; schedules stay those of the whole run")
-    add("--out", help="run directory (default: see runs/); a run in it is resumed")
+    add("--out", help="run directory (default: under runs/); a run in it is resumed")
 
 
 def use_recipe(args, names):

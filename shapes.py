@@ -269,7 +269,7 @@ def render_scene(split, index, size):
 class Shapes:
     """A data set: [index] -> (PIL image, label), rendered at `size` pixels by `renderer`.
 
-    Rendered images are kept, up to KEPT bytes: a run of some epochs renders each of them once.
+    A process keeps what it rendered, up to KEPT bytes: it renders no image in every epoch anew.
     """
 
     KEPT = 2 ** 26
