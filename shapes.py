@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 TURN = 6.28  # the patterns' frequencies are made of this, not of 2 pi
+FAINT = 0.4  # contrast of a scrap to that of an object
 
 
 def value_noise(x, y, grid):
@@ -212,9 +213,9 @@ def render_shape(split, index, size):
 
 
 def scatter_scraps(image, rng, level):
-    """Paint scraps of four random patterns, whose outlines mean nothing, all over `image`."""
+    """Paint faint scraps of three random patterns, whose outlines mean nothing, over `image`."""
     size = len(image)
-    for _ in range(4):
+    for _ in range(3):
         pattern = PATTERNS[rng.randint(10)]
         centre, radius = rng.uniform(0, 1, 2), rng.uniform(0.18, 0.28)
         own_level = level + draw_lift(rng)
@@ -222,7 +223,7 @@ def scatter_scraps(image, rng, level):
         stretch = rng.uniform(0.7, 2.0)  # from strokes that lie to strokes that stand
         noise = rng.uniform(-1, 1, (16, 16))
         inside = value_noise(1.4 * stretch * u, 1.4 / stretch * v, noise) - 0.45
-        cover(image, texture, 0.4 * inside * radius * size)
+        cover(image, own_level + FAINT * (texture - own_level), 0.4 * inside * radius * size)
 
 
 def draw_lift(rng):
