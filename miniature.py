@@ -268,8 +268,8 @@ def read_results(path):
 INTRODUCTION = """# The paper's tables in miniature
 
 Made by `python miniature.py`: ResNet-18 at 64 px on the embedded `clutter` (4,000 images, ten
-classes, one object of 5 to 20 % of the image among fainter scraps that mean nothing), by the recipe in
-`data.py`: 625 steps of 32 pairs. Top-1 in percent on 1,000 images, from 1,000 labels where all
+classes, one object of 5 to 20 % of the image among fainter scraps that mean nothing), by its recipe
+in `data.py`: 625 steps of 32 pairs. Top-1 in percent on 1,000 images, from 1,000 labels where all
 layers but the classifier are frozen; mean ± standard deviation over the seeds 0, 1, 2. What is
 tuned (crops, rate, steps) was [tuned on BYOL](measured.md#the-miniatures-regime) and is the same in
 all rows. The column *paper* holds the paper's own numbers, of ResNet-50 on ImageNet: only the signs

@@ -5,7 +5,7 @@ and at every size but for its detail. Class i of ten is the i-th of SHAPES, fill
 PATTERNS. Colours are muted; place, size, period, phase, sign, turn (within 0.5 rad) are random.
 
   render_shape    one large object on a soft ground
-  render_clutter  one small object, 5 to 20 % of the image, on scraps of patterns that mean nothing
+  render_clutter  one small object, 5 to 20 % of the image, on faint scraps that mean nothing
   render_scene    a few objects, later ones in front: for detection and segmentation
 """
 import math
