@@ -152,20 +152,20 @@ def recipe_flags(args):
 
 def ending(args, done, total_steps, scores):
     """The last lines of a run: where it stands, its kNN scores by step, what to type next."""
-    if done < total_steps and args.max_steps and done > args.max_steps:
-        return f"step {done} of {total_steps}: already beyond --max-steps {args.max_steps}"
-    if done < total_steps and args.max_steps and done == args.max_steps:
-        return (f"step {done} of {total_steps}: as --max-steps says; with a larger one, or without "
-                "it, the same command goes on")
+    step = f"step {done} of {total_steps}"
     if done < total_steps:
-        return f"step {done} of {total_steps}: stopped, the same command goes on"
-    lines = [f"step {done} of {total_steps}: encoder in {args.out}/encoder.pth"]
-    if scores:
+        if args.max_steps and done > args.max_steps:
+            return f"{step}: already beyond --max-steps {args.max_steps}"
+        if done == args.max_steps:
+            return (f"{step}: as --max-steps says; with a larger one, or without it, the same "
+                    "command goes on")
+        return f"{step}: stopped, the same command goes on"
+    lines = [f"{step}: encoder in {args.out}/encoder.pth"]
+    if scores:  # where there are labels
         first, last = min(scores), max(scores)
         before = "random encoder" if first == 0 else f"after step {first}"
         lines.append(f"kNN top-1 on val: {scores[first]:.1f} {before}, {scores[last]:.1f} after "
                      f"step {last}")
-    if scores:  # where there are labels
         lines.append(f"next: python linear_eval.py --data {args.data} --pretrained "
                      f"{args.out}/encoder.pth")
     return "\n".join(lines)
