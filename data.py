@@ -47,8 +47,8 @@ RECIPES = {
     "folder": PAPER,
     "shapes": MINUTES | {"image_size": 32, "blocks": 2, "epochs": 6, "crop_min": 0.3,
                          "knn_every": 1, "linear_epochs": 40},  # 750 steps
-    "clutter": MINUTES | {"image_size": 64, "epochs": 5, "crop_min": 0.6, "knn_every": 5,
-                          "linear_epochs": 20},  # 625 steps; small objects: no small crops
+    "clutter": MINUTES | {"image_size": 64, "epochs": 8, "tau_base": 0.95, "crop_min": 0.3,
+                          "knn_every": 8, "linear_epochs": 30},  # 1,000 steps
     "cifar10": SMALL | {"stem": "cifar", "image_size": 32},
     "stl10": SMALL | {"image_size": 96, "epochs": 100, "knn_every": 5},
     "imagenette": SMALL | {"image_size": 160, "batch_size": 128, "base_lr": 0.1, "tau_base": 0.98},

@@ -35,7 +35,7 @@ from run import (Unreadable, add_data_arguments, add_run_arguments, agree, as_by
                  write_line, write_whole)
 
 # Raised whenever the same arguments compute something else: runs of before do not go on then.
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 DEFAULTS = {"protocol_version": 1}  # of checkpoints that lack it
 # What may differ on resume. An encoder is known by the sha256 of its tensors, not by its path.
 FREE = ("data_root", "workers", "out", "log_every", "max_steps", "pretrained", "evaluate", "val")

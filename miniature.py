@@ -5,9 +5,9 @@
 
 Starts the scripts as a user does: pretraining on the embedded `clutter` by its recipe, then each
 score. A finished job is a line of docs/miniature.json; docs/miniature.md is made from these lines.
-The same command again goes on where it stopped.
+The same command again goes on where it stopped; jobs of other settings are never mixed in.
 
-What is tuned (rate, crops, steps) was tuned on BYOL, tau is that of `shapes`: the same in all rows.
+What is tuned (images, tau, rate, crops, steps) was tuned on BYOL and is the same in all rows;
 lambda, n and the position encoding are the paper's.
 """
 import json
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from data import recipe_of
 from run import check_ranges, fail, new_parser, write_whole
 
 HERE = Path(__file__).resolve().parent
@@ -164,7 +165,7 @@ def parse_args(argv=None):
     add("--results", default="docs/miniature.json",
         help="a line per finished job; the page is made beside it, as .md")
     add("--train-flags", default="", metavar="'FLAGS'",
-        help="beside the recipe, for all pretrainings: a quick try needs its own --results")
+        help="beside the recipe, for all pretrainings; a quick try needs its own --results")
     args = parser.parse_args(argv)
     check_ranges(args)
     for path in (args.runs, Path(args.results).parent):
@@ -208,6 +209,22 @@ def commands(args, encoder, score, seed):
     return before, scoring
 
 
+def settings_of(args, score):
+    """What a finished job is only comparable with if it is the same; all but encoder and seed."""
+    flags = {"data": args.data, "train_flags": args.train_flags, "scorer": SCORERS[score]}
+    return recipe_of(args.data) | flags
+
+
+def check_settings(args, results):
+    """One line and exit code 2 if a finished job had other settings than this command has."""
+    for (encoder, score, seed), line in results.items():
+        had = line.get("settings", {})
+        for name, value in settings_of(args, score).items():
+            if had.get(name) != value:
+                fail(f"{args.results}: {encoder}, seed {seed}, {score}: {name} was "
+                     f"{had.get(name)!r}, is {value!r}; give the same, or another --results")
+
+
 def start(command, threads):
     """Run a script of ours -> the lines on its stdout. Its error ends this one, with its text."""
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
@@ -240,7 +257,7 @@ def run_jobs(args, encoder, seed, scores):
         line = {"encoder": encoder, "seed": seed, "score": score, "result": json.loads(lines[-1]),
                 "seconds": round(time.time() - began), "pretraining_seconds": round(pretraining),
                 "commands": ["python " + " ".join(one) for one in [*before, command]],
-                "machine": machine(args.jobs)}
+                "settings": settings_of(args, score), "machine": machine(args.jobs)}
         with open(args.results, "a") as file:  # one write: lines of several threads do not mix
             file.write(json.dumps(line) + "\n")
         print(f"{encoder}, seed {seed}, {score}: {line['seconds']} s", flush=True)
@@ -268,13 +285,13 @@ def read_results(path):
 INTRODUCTION = """# The paper's tables in miniature
 
 Made by `python miniature.py`: ResNet-18 at 64 px on the embedded `clutter` (4,000 images, ten
-classes, one object of 5 to 20 % of the image among fainter scraps that mean nothing), by its recipe
-in `data.py`: 625 steps of 32 pairs. Top-1 in percent on 1,000 images, from 1,000 labels where all
-layers but the classifier are frozen; mean ± standard deviation over the seeds 0, 1, 2. What is
-tuned (crops, rate, steps) was [tuned on BYOL](measured.md#the-miniatures-regime) and is the same in
-all rows. The column *paper* holds the paper's own numbers, of ResNet-50 on ImageNet: only the signs
-of differences compare. *Cannot be told*: the difference is smaller than its standard error. An
-empty cell has not been run.
+classes, two objects of one class that cover 5 to 20 % of the image among scraps that mean nothing),
+by its recipe in `data.py`: {epochs} epochs in batches of {batch_size}. Top-1 in percent on 1,000
+images, from 1,000 labels where all layers but the classifier are frozen; mean ± standard deviation
+over the seeds 0, 1, 2. What is tuned (images, tau, rate, crops, steps) was [tuned on
+BYOL](measured.md#the-miniatures-regime) and is the same in all rows. The column *paper* holds the
+paper's own numbers, of ResNet-50 on ImageNet: only the signs of differences compare. *Cannot be
+told*: the difference is smaller than its standard error. An empty cell has not been run.
 """
 
 
@@ -320,7 +337,7 @@ def verdict(results, better, worse, column):
 
 def page(args, results):
     """docs/miniature.md: the tables in the paper's order."""
-    lines = [INTRODUCTION]
+    lines = [INTRODUCTION.format_map(recipe_of(args.data))]
     for table in TABLES.values():
         lines += [f"## {table['title']}", "",
                   f"| encoder | {' | '.join(table['columns'])} | paper |",
@@ -355,6 +372,7 @@ def cost(results):
 def main(argv=None):
     args = parse_args(argv)
     results = read_results(args.results)
+    check_settings(args, results)
     groups = {}  # the scores of one encoder and seed are one job: pretraining is shared
     for encoder, score, seed in wanted_jobs(args.only or TABLES, args.seeds):
         if args.encoders and encoder not in args.encoders:

@@ -5,7 +5,7 @@ and at every size but for its detail. Class i of ten is the i-th of SHAPES, fill
 PATTERNS. Colours are muted; place, size, period, phase, sign, turn (within 0.5 rad) are random.
 
   render_shape    one large object on a soft ground
-  render_clutter  one small object, 5 to 20 % of the image, on faint scraps that mean nothing
+  render_clutter  two small objects of one class, on scraps that mean nothing
   render_scene    a few objects, later ones in front: for detection and segmentation
 """
 import math
@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image
 
 TURN = 6.28  # the patterns' frequencies are made of this, not of 2 pi
-FAINT = 0.4  # contrast of a scrap to that of an object
 
 
 def value_noise(x, y, grid):
@@ -213,17 +212,16 @@ def render_shape(split, index, size):
 
 
 def scatter_scraps(image, rng, level):
-    """Paint faint scraps of three random patterns, whose outlines mean nothing, over `image`."""
+    """Paint three plain scraps, whose outlines mean nothing, over `image`."""
     size = len(image)
     for _ in range(3):
-        pattern = PATTERNS[rng.randint(10)]
         centre, radius = rng.uniform(0, 1, 2), rng.uniform(0.18, 0.28)
-        own_level = level + draw_lift(rng)
-        texture, u, v = draw_texture(rng, pattern, own_level, size, centre=centre, radius=radius)
+        colour = level + draw_lift(rng) + rng.uniform(-2, 2, 3)
         stretch = rng.uniform(0.7, 2.0)  # from strokes that lie to strokes that stand
+        u, v = coordinates(size, centre, radius, turn=rng.uniform(-0.5, 0.5))
         noise = rng.uniform(-1, 1, (16, 16))
         inside = value_noise(1.4 * stretch * u, 1.4 / stretch * v, noise) - 0.45
-        cover(image, own_level + FAINT * (texture - own_level), 0.4 * inside * radius * size)
+        cover(image, colour, 0.4 * inside * radius * size)
 
 
 def draw_lift(rng):
@@ -231,15 +229,30 @@ def draw_lift(rng):
     return rng.choice((-1, 1)) * rng.uniform(10, 25)
 
 
+def draw_places(rng):
+    """Two things that do not touch: -> [(centre y, x, radius)], in parts of the image's side."""
+    places = []
+    while len(places) < 2:
+        radius = rng.uniform(0.145, 0.195)
+        y, x = rng.uniform(radius, 1 - radius, 2)
+        if all(math.hypot(y - v, x - u) > radius + other for v, u, other in places):
+            places.append((y, x, radius))
+    return places
+
+
 def render_clutter(split, index, size):
-    """One object, 5 to 20 % of the image, anywhere, among scraps. -> what `render_shape` does."""
+    """Two objects of one class, together 5 to 20 % of the image, anywhere, on scraps.
+
+    Two, because the place of a single one is what both views of an image share: features learned
+    from them would tell where it is, not what. -> as `render_shape`; box and mask are of both.
+    """
     rng = generator(split, index)
     label = index % 10
     image, level = soft_ground(rng, size)
     scatter_scraps(image, rng, level)
-    radius = rng.uniform(0.19, 0.275)
-    centre = rng.uniform(radius, 1 - radius, 2)
-    mask = paint(image, rng, label, centre, radius, level=level + draw_lift(rng))
+    mask = np.zeros((size, size), bool)
+    for y, x, radius in draw_places(rng):
+        mask |= paint(image, rng, label, (y, x), radius, level=level + draw_lift(rng))
     return finished(image), label, mask_box(mask), mask
 
 

@@ -1,6 +1,7 @@
 """Tests of data.py and shapes.py: images, folders, recipes, failed loading, views, the stream."""
 import builtins
 import errno
+import math
 import os
 import re
 import struct
@@ -48,10 +49,10 @@ def pixels(path, **flags):
 
 # ---------------------------------------------------------------------------------- embedded images
 CLUTTER_LEVELS = [  # green of the first images of clutter at 64 px, on a 3x3 grid of pixels
-    [90, 64, 120, 120, 64, 131, 121, 120, 133],
-    [133, 132, 167, 110, 134, 136, 133, 136, 143],
-    [38, 116, 119, 90, 115, 120, 119, 101, 102],
-    [162, 138, 176, 196, 131, 138, 138, 140, 130]]
+    [167, 98, 92, 120, 98, 118, 121, 123, 120],
+    [133, 133, 134, 108, 122, 133, 121, 121, 101],
+    [114, 116, 119, 109, 115, 133, 113, 86, 61],
+    [153, 134, 139, 119, 123, 138, 140, 140, 95]]
 
 
 def test_clutter_is_a_function_of_split_and_index():
@@ -66,12 +67,30 @@ def test_clutter_is_a_function_of_split_and_index():
 
 
 def test_clutter_is_small_and_anywhere():
-    """An object covers 5 to 20 % of its image; together they cover all of it but the corners."""
+    """Objects cover 5 to 20 % of an image; those of all images, all of it but the corners."""
     masks = [shapes.render_clutter("val", index, 64)[3] for index in range(200)]
     areas = np.array([mask.mean() for mask in masks])
     assert areas.min() >= 0.05 and areas.max() <= 0.2
     assert 0.1 < areas.mean() < 0.14  # chance of the pointing game
     assert np.mean(masks, 0)[8:-8, 8:-8].min() > 0
+
+
+def test_clutter_shows_two_objects_of_a_class(monkeypatch):
+    """Apart from each other, so that the place of neither is the image's."""
+    painted, paint = [], shapes.paint
+
+    def watch(image, rng, label, centre, radius, level):
+        painted.append((label, *centre, radius))
+        return paint(image, rng, label, centre, radius, level=level)
+
+    monkeypatch.setattr(shapes, "paint", watch)
+    for index in range(100):
+        mask = shapes.render_clutter("train", index, 64)[3]
+        (label, y, x, radius), (other, v, u, size) = painted[-2:]
+        assert label == other == index % 10 and len(painted) == 2 * (index + 1)
+        assert math.hypot(y - v, x - u) > radius + size
+        seen = [mask[int(64 * row), int(64 * column)] for row, column in ((y, x), (v, u))]
+        assert all(seen) or label == shapes.SHAPES.index(shapes.ring)
 
 
 def test_clutters_ground_does_not_tell_the_class(monkeypatch):

@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+import data
 import miniature
 
 QUICK = ["--only", "table1", "--seeds", "0", "--data", "clutter:32"]
@@ -32,6 +33,29 @@ def test_two_cells_of_table_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(miniature, "start", lambda *_: pytest.fail("has been run"))
     miniature.main(flags)
     assert results.with_suffix(".md").read_text() == page
+
+
+@pytest.mark.parametrize("name, table, key, value", [
+    ("tau_base", data.RECIPES["clutter"], "tau_base", 0.5),
+    ("scorer", miniature.SCORERS, "linear", ["linear_eval.py", "--epochs", "1"]),
+    ("train_flags", None, None, None)])
+def test_jobs_of_other_settings_are_not_mixed(name, table, key, value, tmp_path, monkeypatch,
+                                              capsys):
+    """They would stand in one table as if they could be compared."""
+    monkeypatch.setattr(miniature, "start", lambda *_: ['step 9 of 9: encoder in x', '{"top1": 1}'])
+    monkeypatch.setitem(miniature.TABLES["table1"], "columns", ["linear"])
+    results = tmp_path / "results.json"
+    flags = [*QUICK, "--runs", str(tmp_path / "runs"), "--results", str(results)]
+    miniature.main([*flags, "--encoders", "random"])
+    before = results.read_text()
+    if table is None:
+        flags += ["--train-flags", "--precision bf16"]
+    else:
+        monkeypatch.setitem(table, key, value)
+    with pytest.raises(SystemExit) as caught:
+        miniature.main([*flags, "--encoders", "care"])
+    assert caught.value.code == 2 and f"linear: {name} was " in capsys.readouterr().err
+    assert results.read_text() == before
 
 
 def fake(encoder, *values):
