@@ -284,11 +284,11 @@ def read_results(path):
 # ------------------------------------------------------------------------------------------- page
 INTRODUCTION = """# The paper's tables in miniature
 
-Made by `python miniature.py`: ResNet-18 at 64 px on the embedded `clutter` (4,000 images, ten
-classes, two objects of one class that cover 5 to 20 % of the image among scraps that mean nothing),
-by its recipe in `data.py`: {epochs} epochs in batches of {batch_size}. Top-1 in percent on 1,000
-images, from 1,000 labels where all layers but the classifier are frozen; mean ± standard deviation
-over the seeds 0, 1, 2. What is tuned (images, tau, rate, crops, steps) was [tuned on
+Made by `{command}`: ResNet-18 at 64 px on the embedded `clutter`
+(4,000 images, ten classes, two objects of one class that cover 5 to 20 % of the image among scraps
+that mean nothing), by its recipe in `data.py`: {epochs} epochs in batches of {batch_size}. Top-1 in
+percent on 1,000 images, from 1,000 labels where all layers but the classifier are frozen; mean ±
+standard deviation over the seeds 0, 1, 2. What is tuned (images, tau, rate, crops, steps) was [tuned on
 BYOL](measured.md#the-miniatures-regime) and is the same in all rows. The column *paper* holds the
 paper's own numbers, of ResNet-50 on ImageNet: only the signs of differences compare. *Cannot be
 told*: the difference is smaller than its standard error. An empty cell has not been run.
@@ -337,7 +337,10 @@ def verdict(results, better, worse, column):
 
 def page(args, results):
     """docs/miniature.md: the tables in the paper's order."""
-    lines = [INTRODUCTION.format_map(recipe_of(args.data))]
+    command = "python miniature.py"
+    if args.train_flags:
+        command += f" --train-flags '{args.train_flags}'"
+    lines = [INTRODUCTION.format(command=command, **recipe_of(args.data))]
     for table in TABLES.values():
         lines += [f"## {table['title']}", "",
                   f"| encoder | {' | '.join(table['columns'])} | paper |",
@@ -363,7 +366,8 @@ def cost(results):
         here = [line for line in results.values() if line["machine"] == name]
         runs = {(line["encoder"], line["seed"]): line["pretraining_seconds"] for line in here}
         hours = (sum(runs.values()) + sum(line["seconds"] for line in here)) / 3600
-        lines.append(f"- {name}: {len(here)} scores of {len(runs)} encoders, {hours:.1f} hours.")
+        lines.append(f"- {name}: {len(here)} scores of {len(runs)} encoders, {hours:.1f} hours, "
+                     "summed over the jobs.")
     ours = [line for line in results.values() if line["encoder"] == "care"]
     example = (ours or list(results.values()))[0]
     return [*lines, "", "The commands of one cell:", "", "```sh", *example["commands"], "```", ""]
