@@ -284,11 +284,12 @@ def read_results(path):
 # ------------------------------------------------------------------------------------------- page
 INTRODUCTION = """# The paper's tables in miniature
 
-Made by `{command}`: ResNet-18 at 64 px on the embedded `clutter`
-(4,000 images, ten classes, two objects of one class that cover 5 to 20 % of the image among scraps
-that mean nothing), by its recipe in `data.py`: {epochs} epochs in batches of {batch_size}. Top-1 in
-percent on 1,000 images, from 1,000 labels where all layers but the classifier are frozen; mean ±
-standard deviation over the seeds 0, 1, 2. What is tuned (images, tau, rate, crops, steps) was [tuned on
+Made by `{command}`.
+ResNet-18 at 64 px on the embedded `clutter` (4,000 images, ten classes, two objects of one class
+that cover 5 to 20 % of the image among scraps that mean nothing), by its recipe in `data.py`:
+{epochs} epochs in batches of {batch_size}. Top-1 in percent on 1,000 images, from 1,000 labels
+where all layers but the classifier are frozen; mean ± standard deviation over the seeds 0, 1, 2.
+What is tuned (images, tau, rate, crops, steps) was [tuned on
 BYOL](measured.md#the-miniatures-regime) and is the same in all rows. The column *paper* holds the
 paper's own numbers, of ResNet-50 on ImageNet: only the signs of differences compare. *Cannot be
 told*: the difference is smaller than its standard error. An empty cell has not been run.
