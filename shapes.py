@@ -152,24 +152,11 @@ def coordinates(size, centre, radius, turn):
     return x * math.cos(turn) + y * math.sin(turn), y * math.cos(turn) - x * math.sin(turn)
 
 
-def draw_texture(rng, pattern, level, size, centre, radius):
-    """A pattern over all of the image in an object's own coordinates.
-
-    -> gray levels (size, size, 3), u and v (size, size).
-    """
-    turn = rng.uniform(-0.5, 0.5)
-    period = rng.uniform(0.36, 0.72)
-    phase = rng.uniform(-0.5, 0.5, 2)
-    if pattern in CENTRED:
-        phase = 0.3 * phase
-    u, v = coordinates(size, centre, radius, turn)
-    wave = pattern(u / period + phase[0], v / period + phase[1], rng.uniform(-1, 1, (8, 8)))
-    wave = np.clip(1.5 * wave, -1, 1)[..., None] * rng.uniform(30, 55) * rng.choice((-1, 1))
-    return level + rng.uniform(-6, 6) + rng.uniform(-2, 2, 3) + wave, u, v
-
-
 def cover(image, texture, inside):
-    """Lay `texture` over `image` where `inside` (size, size), in pixels, is positive. -> mask."""
+    """Lay a texture or a colour over `image` where `inside` (size, size), in pixels, is positive.
+
+    -> mask (size, size) bool.
+    """
     inside = inside + 0.5  # the outline runs through pixels, which it covers in part
     image += np.clip(inside, 0, 1)[..., None] * (texture - image)
     return inside > 0.5
@@ -180,8 +167,16 @@ def paint(image, rng, label, centre, radius, level):
 
     centre (y, x) and radius are parts of the image's side.
     """
-    size = len(image)
-    texture, u, v = draw_texture(rng, PATTERNS[label], level, size, centre=centre, radius=radius)
+    size, pattern = len(image), PATTERNS[label]
+    turn = rng.uniform(-0.5, 0.5)
+    period = rng.uniform(0.36, 0.72)
+    phase = rng.uniform(-0.5, 0.5, 2)
+    if pattern in CENTRED:
+        phase = 0.3 * phase
+    u, v = coordinates(size, centre, radius, turn)
+    wave = pattern(u / period + phase[0], v / period + phase[1], rng.uniform(-1, 1, (8, 8)))
+    wave = np.clip(1.5 * wave, -1, 1)[..., None] * rng.uniform(30, 55) * rng.choice((-1, 1))
+    texture = level + rng.uniform(-6, 6) + rng.uniform(-2, 2, 3) + wave
     return cover(image, texture, SHAPES[label](u, v) * radius * size)
 
 
