@@ -7,8 +7,9 @@ Starts the scripts as a user does: pretraining on the embedded `clutter` by its 
 score. A finished job is a line of docs/miniature.json; docs/miniature.md is made from these lines.
 The same command again goes on where it stopped; jobs of other settings are never mixed in.
 
-What is tuned (images, tau, rate, crops, steps) was tuned on BYOL and is the same in all rows;
-lambda, n and the position encoding are the paper's.
+What is tuned is the same in all rows: images, rate, crops and steps on BYOL, tau and the width of
+the heads so that no method's features stay collapsed; lambda, n and position encoding are the
+paper's.
 """
 import json
 import os
@@ -53,6 +54,8 @@ SCORERS = {  # score -> the command that prints it, less encoder, data, seed and
     "100 %": ["semi_eval.py", "--percent", "100", "--epochs", "10", "--batch-size", "64"],
     "figure": ["visualize.py", "--layer", "conv4"],
 }
+# What scoring reads of a recipe; the rest is of pretraining, which random and supervised have not.
+SCORING = ("arch", "stem", "image_size", "labels", "head", "linear_epochs")
 COLUMNS = {  # column of a table -> score, and its key in the last line of the scorer's output
     "linear": ("linear", "top1"),
     "kNN": ("kNN", "top1"),
@@ -209,17 +212,20 @@ def commands(args, encoder, score, seed):
     return before, scoring
 
 
-def settings_of(args, score):
+def settings_of(args, encoder, score):
     """What a finished job is only comparable with if it is the same; all but encoder and seed."""
-    flags = {"data": args.data, "train_flags": args.train_flags, "scorer": SCORERS[score]}
-    return recipe_of(args.data) | flags
+    recipe = recipe_of(args.data)
+    settings = {"data": args.data, "scorer": SCORERS[score]}
+    if encoder in PRETRAINED:
+        return recipe | settings | {"train_flags": args.train_flags}
+    return {name: recipe[name] for name in SCORING} | settings
 
 
 def check_settings(args, results):
     """One line and exit code 2 if a finished job had other settings than this command has."""
     for (encoder, score, seed), line in results.items():
         had = line.get("settings", {})
-        for name, value in settings_of(args, score).items():
+        for name, value in settings_of(args, encoder, score).items():
             if had.get(name) != value:
                 fail(f"{args.results}: {encoder}, seed {seed}, {score}: {name} was "
                      f"{had.get(name)!r}, is {value!r}; give the same, or another --results")
@@ -257,7 +263,7 @@ def run_jobs(args, encoder, seed, scores):
         line = {"encoder": encoder, "seed": seed, "score": score, "result": json.loads(lines[-1]),
                 "seconds": round(time.time() - began), "pretraining_seconds": round(pretraining),
                 "commands": ["python " + " ".join(one) for one in [*before, command]],
-                "settings": settings_of(args, score), "machine": machine(args.jobs)}
+                "settings": settings_of(args, encoder, score), "machine": machine(args.jobs)}
         with open(args.results, "a") as file:  # one write: lines of several threads do not mix
             file.write(json.dumps(line) + "\n")
         print(f"{encoder}, seed {seed}, {score}: {line['seconds']} s", flush=True)
@@ -285,14 +291,15 @@ def read_results(path):
 INTRODUCTION = """# The paper's tables in miniature
 
 Made by `{command}`.
-ResNet-18 at 64 px on the embedded `clutter` (4,000 images, ten classes, two objects of one class
+ResNet-18 at 64 px on the embedded `clutter` ({images} images, ten classes, two objects of one class
 that cover 5 to 20 % of the image among scraps that mean nothing), by its recipe in `data.py`:
 {epochs} epochs in batches of {batch_size}. Top-1 in percent on 1,000 images, from 1,000 labels
-where all layers but the classifier are frozen; mean ± standard deviation over the seeds 0, 1, 2.
-What is tuned (images, tau, rate, crops, steps) was [tuned on
-BYOL](measured.md#the-miniatures-regime) and is the same in all rows. The column *paper* holds the
-paper's own numbers, of ResNet-50 on ImageNet: only the signs of differences compare. *Cannot be
-told*: the difference is smaller than its standard error. An empty cell has not been run.
+where all layers but the classifier are frozen; mean ± standard deviation over the seeds {seeds}.
+What is tuned is the same in all rows: images, rate, crops and steps were tuned on BYOL, tau and the
+heads' width were chosen so that no method's features stay collapsed, [to BYOL's
+cost](measured.md#the-miniatures-regime). The column *paper* holds the paper's own numbers, of
+ResNet-50 on ImageNet: only the signs of differences compare. *Cannot be told*: the difference is
+smaller than its standard error. An empty cell has not been run.
 """
 
 
@@ -341,7 +348,10 @@ def page(args, results):
     command = "python miniature.py"
     if args.train_flags:
         command += f" --train-flags '{args.train_flags}'"
-    lines = [INTRODUCTION.format(command=command, **recipe_of(args.data))]
+    images = args.data.partition(":")[2] or "4,000"
+    seeds = ", ".join(str(seed) for seed in sorted({seed for _, _, seed in results}))
+    lines = [INTRODUCTION.format(
+        command=command, images=images, seeds=seeds, **recipe_of(args.data))]
     for table in TABLES.values():
         lines += [f"## {table['title']}", "",
                   f"| encoder | {' | '.join(table['columns'])} | paper |",

@@ -29,6 +29,7 @@ def test_two_cells_of_table_1(tmp_path, monkeypatch, capsys):
         assert f"| {name} | {line['result']['top1']:.1f} ± 0.0 (1 seed) |" in page
     assert "| BYOL |  | 66.5" in page  # an empty cell
     assert "train.py --data clutter:32 --seed 0 --epochs 1" in page
+    assert "(32 images, " in page and "over the seeds 0." in page
 
     monkeypatch.setattr(miniature, "start", lambda *_: pytest.fail("has been run"))
     miniature.main(flags)
@@ -46,7 +47,7 @@ def test_jobs_of_other_settings_are_not_mixed(name, table, key, value, tmp_path,
     monkeypatch.setitem(miniature.TABLES["table1"], "columns", ["linear"])
     results = tmp_path / "results.json"
     flags = [*QUICK, "--runs", str(tmp_path / "runs"), "--results", str(results)]
-    miniature.main([*flags, "--encoders", "random"])
+    miniature.main([*flags, "--encoders", "byol"])
     before = results.read_text()
     if table is None:
         flags += ["--train-flags", "--precision bf16"]
@@ -55,6 +56,20 @@ def test_jobs_of_other_settings_are_not_mixed(name, table, key, value, tmp_path,
     with pytest.raises(SystemExit) as caught:
         miniature.main([*flags, "--encoders", "care"])
     assert caught.value.code == 2 and f"linear: {name} was " in capsys.readouterr().err
+    assert results.read_text() == before
+
+
+def test_what_was_not_pretrained_outlives_another_recipe(tmp_path, monkeypatch):
+    """A random encoder's score depends on how it is scored, not on tau or --train-flags."""
+    monkeypatch.setattr(miniature, "start", lambda *_: ['{"top1": 1}'])
+    results = tmp_path / "results.json"
+    flags = [*QUICK, "--encoders", "random", "--results", str(results)]
+    flags += ["--runs", str(tmp_path / "runs")]
+    miniature.main(flags)
+    before = results.read_text()
+    monkeypatch.setitem(data.RECIPES["clutter"], "tau_base", 0.5)
+    monkeypatch.setattr(miniature, "start", lambda *_: pytest.fail("has been run"))
+    miniature.main([*flags, "--train-flags", "--precision bf16"])
     assert results.read_text() == before
 
 
