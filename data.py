@@ -47,7 +47,7 @@ RECIPES = {
     "folder": PAPER,
     "shapes": MINUTES | {"image_size": 32, "blocks": 2, "epochs": 6, "crop_min": 0.3,
                          "knn_every": 1, "linear_epochs": 40},  # 750 steps
-    "clutter": MINUTES | {"image_size": 64, "epochs": 8, "tau_base": 0.95, "crop_min": 0.3,
+    "clutter": MINUTES | {"image_size": 64, "hidden_dim": 2048, "epochs": 8, "crop_min": 0.3,
                           "knn_every": 8, "linear_epochs": 30},  # 1,000 steps
     "cifar10": SMALL | {"stem": "cifar", "image_size": 32},
     "stl10": SMALL | {"image_size": 96, "epochs": 100, "knn_every": 5},
