@@ -1,4 +1,4 @@
-"""What a step of pretraining costs, by part, beside a supervised step; or what loading costs.
+"""The time of a pretraining step, by part, against a supervised step; or the time of loading.
 
   python bench.py --arch resnet50 --batch-size 128                a step, on synthetic crops
   python bench.py --data ./imagenet --workers 4                   the input pipeline alone
@@ -18,9 +18,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from care import pool
-from data import Stream, TwoViews, draw, open_images, stream_batches
-from run import (fail, load_batches, memory_gib, new_parser, set_precision, setup_ranks,
-                 user_errors, versions)
+from common.data import Stream, open_images, stream_batches
+from common.ranks import fail, user_errors
+from common.run import Run, load_batches, memory_gib, new_parser, versions
+from common.views import TwoViews, draw
 from train import add_arguments, fill_in, make_views, new_model, pretrain_step
 
 ROUNDS = 5  # of which the median counts
@@ -42,9 +43,9 @@ def flops_of(step):
     return counter.get_total_flops()
 
 
-def bench_step(args, device):
-    """The speed of a step on synthetic crops, by part, beside a supervised step, as a dict."""
-    autocast, scaler = set_precision(args, device)
+def bench_step(run, args):
+    """The speed of a step on synthetic crops, by part, and of a supervised step, as a dict."""
+    device = run.device
     synchronize = torch.get_device_module(device).synchronize  # on a CPU, nothing to wait for
     with user_errors():
         model, optimizer = new_model(args, device)
@@ -63,8 +64,7 @@ def bench_step(args, device):
         return make_views(batch, device, "device")
 
     def care_step():
-        pretrain_step(model, optimizer, scaler, autocast, [batch], views_of,
-                      lr=1e-4, tau=0.99)
+        pretrain_step(model, optimizer, run, [batch], views_of, lr=1e-4, tau=0.99)
         mark("between steps")
 
     encoder = model.online.encoder
@@ -78,11 +78,11 @@ def bench_step(args, device):
 
     def supervised_step():
         supervised_optimizer.zero_grad(set_to_none=True)
-        with autocast:
+        with run.autocast:
             scores = classifier(pool(encoder(images)[1]))  # (B, 1000)
-        scaler.scale(F.cross_entropy(scores.float(), labels)).backward()
-        scaler.step(supervised_optimizer)
-        scaler.update()
+        run.scaler.scale(F.cross_entropy(scores.float(), labels)).backward()
+        run.scaler.step(supervised_optimizer)
+        run.scaler.update()
 
     flops = flops_of(care_step)
     care_step()  # now the optimiser has its momentum, and kernels are chosen
@@ -120,7 +120,7 @@ def bench_step(args, device):
         "supervised tflop": supervised_flops / 1e12, "efficiency": speed / supervised_speed}
 
 
-def bench_data(args, device):
+def bench_data(run, args):
     """Pairs per second and worker that the input pipeline delivers, by --augment, as a dict."""
     with user_errors():
         source = open_images(args.data, "pretrain", args.data_root, max(args.image_size))
@@ -128,7 +128,8 @@ def bench_data(args, device):
     for mode in ("worker", "device"):
         two_views = TwoViews(args.image_size, mode, args.crop_min)
         stream = Stream(source, two_views, args.seed, len(source))
-        batches = load_batches(stream, stream_batches(0, 20 * workers, 16), workers, device)
+        numbers = stream_batches(0, 20 * workers, 16)
+        batches = load_batches(stream, numbers, workers, run.device)
         for _ in range(4 * workers):
             next(batches)
         start, count = time.perf_counter(), 0
@@ -143,11 +144,12 @@ def main(argv=None):
     parser = new_parser(__doc__)
     add_arguments(parser)
     args = fill_in(parser.parse_args(argv))
-    _, world, device = setup_ranks(args)
-    if world > 1:
+    args.out = None  # no directory
+    run = Run(args, ())
+    if run.world > 1:
         fail("bench.py measures one process: run it without torchrun")
     loading = any(flag.partition("=")[0] == "--data" for flag in argv)
-    print(json.dumps(bench_data(args, device) if loading else bench_step(args, device)))
+    print(json.dumps(bench_data(run, args) if loading else bench_step(run, args)))
 
 
 if __name__ == "__main__":

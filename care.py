@@ -1,4 +1,4 @@
-"""CARE in one file: the two streams, their losses, and weights in and out.
+"""CARE in one file: the two streams, their losses, the momentum update.
 
 "Revitalizing CNN Attention via Transformers in Self-Supervised Visual Representation Learning",
 Ge, Liang, Song, Jiao, Wang and Luo, NeurIPS 2021, https://arxiv.org/abs/2110.05340
@@ -22,18 +22,12 @@ Ge, Liang, Song, Jiao, Wang and Luo, NeurIPS 2021, https://arxiv.org/abs/2110.05
       model(x, y)["loss"].backward()               # one after the other: half the activations alive
   optimizer.step()
   model.update_momentum(tau_at(step + 1, total_steps))
-  save_encoder(model.online.encoder, "encoder.pth")  # what is kept after pretraining
+  torch.save(model.online.encoder.state_dict(), "encoder.pth")  # what is kept
 
 Shapes: B batch, C channels, H W feature grid, N = H*W tokens, h heads, d head width.
 """
-import argparse
 import copy
-import errno
 import math
-import os
-import pathlib
-import re
-import types
 
 import torch
 import torch.nn.functional as F
@@ -209,10 +203,10 @@ class MultiHeadSelfAttention(nn.Module):
         """Queries and keys (B, h, N, d) -> attention weights (B, h, N, N); every row sums to 1."""
         q = q / math.sqrt(q.shape[-1])  # before the products: smaller numbers in half precision
         logits = q @ k.transpose(2, 3) + self.position(q)  # (B, h, N, N)
-        return logits.softmax(3)  # Eq. (2) but for v (B, h, N, N)
+        return logits.softmax(3)  # Eq. (2) without v (B, h, N, N)
 
     def fused(self, q, k, v):
-        """Faster form of attention(q, k) @ v, but for `relative`: q.k^T + q.p^T = q.(k + p)^T."""
+        """Faster attention(q, k) @ v, except for `relative`: q.k^T + q.p^T = q.(k + p)^T."""
         if self.position.kind != "none":
             k = k + self.position.key_table()  # (B, h, N, d)
         return F.scaled_dot_product_attention(q, k, v)  # (B, h, N, d)
@@ -360,7 +354,6 @@ class CARE(nn.Module):
     arch: one of ARCHS, or any CNN module that maps images to conv4 and conv5 (tuple, list or dict),
         or to conv5 alone where conv4 is not read. The module itself becomes the online encoder, and
         its deep copy the momentum encoder. Put the model on its device after building it.
-        save_encoder writes the module; its own load_state_dict reads that (load_encoder: ResNets).
     image_size: pixels, int or (height, width). For ARCHS multiples of 32, of 8 with stem="cifar".
     method: `care` (parallel streams), `sequential` (one, transformer on conv5), `byol` (C-stream).
     blocks: n of Table 7. heads: attention heads. position: Table 8.
@@ -402,199 +395,24 @@ class CARE(nn.Module):
         online = self.online(x_online)
         with torch.no_grad():  # in train mode on purpose: its batch norms use batch statistics
             momentum = self.momentum(x_momentum)
-        if self.method != "sequential":
+        out = {}
+        if "c" in online:
             f1 = l2_normalize(self.predictor_c(online["c"]))  # (B, out_dim)
             f2 = l2_normalize(momentum["c"])  # (B, out_dim)
-            loss_c = similarity_loss(f1, f2)  # Eq. (1)
-        if self.method != "byol":
+            out |= {"loss_c": similarity_loss(f1, f2), "std_c": output_std(f1)}  # Eq. (1)
+        if "t" in online:
             f3 = l2_normalize(self.predictor_t(online["t"]))  # (B, out_dim)
             f4 = l2_normalize(momentum["t"])  # (B, out_dim)
-            loss_t = similarity_loss(f3, f4)  # Eq. (3)
-        if self.method == "byol":
-            return {"loss": loss_c, "loss_c": loss_c.detach(), "std_c": output_std(f1)}
-        if self.method == "sequential":
-            return {"loss": loss_t, "loss_t": loss_t.detach(), "std_t": output_std(f3)}
-        # The C-stream learns from the T-stream, not the reverse; the second term has no gradient.
-        loss_att = attention_loss(f1, f3.detach()) + attention_loss(f2, f4)  # Eq. (4)
+            out |= {"loss_t": similarity_loss(f3, f4), "std_t": output_std(f3)}  # Eq. (3)
+        if "c" in online and "t" in online:
+            # The C-stream learns from the T-stream, not the reverse; the 2nd term has no gradient.
+            out["loss_att"] = attention_loss(f1, f3.detach()) + attention_loss(f2, f4)  # Eq. (4)
+        loss_c, loss_t, loss_att = (out.get(name, 0) for name in ("loss_c", "loss_t", "loss_att"))
         loss = loss_c + loss_t + self.lambda_att * loss_att  # Eq. (5)
-        return {"loss": loss, "loss_att": loss_att.detach(),
-                "loss_c": loss_c.detach(), "std_c": output_std(f1),
-                "loss_t": loss_t.detach(), "std_t": output_std(f3)}
+        return {"loss": loss} | {name: value.detach() for name, value in out.items()}
 
     @torch.no_grad()
     def update_momentum(self, tau):
         """momentum <- tau * momentum + (1 - tau) * online: parameters, no statistics."""
         momentum, online = list(self.momentum.parameters()), list(self.online.parameters())
         torch._foreach_lerp_(momentum, online, 1 - tau)
-
-    def load_released(self, path):
-        """Load the authors' checkpoint. InputError, and nothing changed, if it does not fit."""
-        tensors, prefix = read_trunk(path)
-        wrapper = prefix.removesuffix("student_encoder.")  # as "module."
-        state = {key.removeprefix(wrapper): value for key, value in tensors.items()}
-        own = self.state_dict()
-        check_state(path, state, {released_key(key): value for key, value in own.items()})
-        self.load_state_dict({key: state[released_key(key)] for key in own})
-
-
-# ------------------------------------------------------------------------------ weights in and out
-# Part of a key of CARE.state_dict() -> the authors' name for it. Part by part,
-# online.transformer.0.attention.position.rel_height becomes
-# student_encoder.trans.net.0.net.3.pos_emb.rel_height. No part is in another: any order will do.
-RELEASED_NAMES = {
-    "online.": "student_encoder.", "momentum.": "teacher_encoder.", ".encoder.": ".",
-    "projector_c.": "fc1.", "projector_t.": "fc2.", "transformer.": "trans.net.",
-    "predictor_c.0.": "student_encoder.fc1.4.", "predictor_t.0.": "student_encoder.fc2.4.",
-    "predictor_c.1.": "student_encoder.fc1.5.", "predictor_t.1.": "student_encoder.fc2.5.",
-    "predictor_c.3.": "student_encoder.fc1.7.", "predictor_t.3.": "student_encoder.fc2.7.",
-    "attention.": "net.3.", "position.": "pos_emb.", "mlp1.": "net.0.", "mlp2.": "net.7.",
-    "norm1.": "net.1.", "norm2.": "net.5.", "norm3.": "net.8.",
-}
-
-
-def released_key(key):
-    """The authors' name, less `module.`, of a key of CARE.state_dict()."""
-    for ours, theirs in RELEASED_NAMES.items():
-        key = key.replace(ours, theirs)
-    return key
-
-
-class Inert:
-    """Stands for numpy's types, whose real ones can be forged to follow any address."""
-
-    def __init__(self, *args):
-        self.args = args
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-def numpy_scalar(dtype, data):
-    """A number or string of numpy's, from its dtype and bytes as the file has them; or Inert."""
-    import numpy  # nothing else here needs it
-    code = dtype.state[1] + dtype.args[0]  # byte order, kind and size, as "<f8"
-    if not re.fullmatch("[<>|][biufcSU][0-9]+", code):
-        return Inert(code, data)
-    return numpy.ndarray((), code, data)[()]
-
-
-HARMLESS = {  # what a checkpoint may hold beside tensors and plain values -> what is called for it
-    "argparse.Namespace": argparse.Namespace, "types.SimpleNamespace": types.SimpleNamespace,
-    "pathlib.PosixPath": pathlib.PurePosixPath, "pathlib.WindowsPath": pathlib.PureWindowsPath,
-    "numpy.dtype": Inert, "numpy.ndarray": Inert,
-    "numpy.core.multiarray.scalar": numpy_scalar, "numpy._core.multiarray.scalar": numpy_scalar,
-    "numpy.core.multiarray._reconstruct": Inert, "numpy._core.multiarray._reconstruct": Inert,
-    "collections.defaultdict": lambda factory: {}, "builtins.dict": dict, "builtins.list": list,
-    "builtins.int": int, "builtins.float": float, "builtins.bytes": bytes,
-}
-
-
-def load_checkpoint(path):
-    """What torch.save wrote, on the CPU. InputError when broken or with more than HARMLESS."""
-    try:
-        with torch.serialization.safe_globals([(call, name) for name, call in HARMLESS.items()]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever foreign bytes make the unpickler raise
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is of a short file
-            raise
-        text = str(error) or type(error).__name__
-    if refused := re.search(r"GLOBAL (\S+)", text):
-        raise InputError(f"{path}: holds more than tensors and numbers: {refused[1]} is not loaded;"
-                         " save the weights alone, by torch.save(model.state_dict(), FILE)")
-    reason = text.split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
-    raise InputError(f"{path}: truncated, not a checkpoint, or more than tensors ({reason})")
-
-
-def check_state(path, state, wanted):
-    """InputError unless `state` is finite, with the keys (counts aside) and shapes of `wanted`."""
-    missing = [key for key in wanted if key not in state and "num_batches_tracked" not in key]
-    extra = [key for key in state if key not in wanted]
-    both = [key for key in wanted if key in state]
-    shapes = [f"{key} is {tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
-              for key in both if state[key].shape != wanted[key].shape]
-    bad = [key for key in both if not torch.isfinite(state[key]).all()]
-    problems = {"missing": missing, "unexpected": extra, "wrong shape:": shapes, "not finite:": bad}
-    for what, keys in problems.items():
-        if keys:
-            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            raise InputError(f"{path}: {what} {', '.join(keys[:5])}{more}")
-
-
-def save_encoder(encoder, file):
-    """Write an encoder's state dict, with the keys it has, on the CPU, to a path or file object."""
-    torch.save({key: value.cpu() for key, value in encoder.state_dict().items()}, file)
-
-
-def find_trunks(tree, place=""):
-    """ResNets in nested dicts: {"net": {"a.conv1.weight": t}} -> {"net.a.": (tensors, "a.")}."""
-    found = {}
-    tensors = {str(key): value for key, value in tree.items() if isinstance(value, torch.Tensor)}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= find_trunks(value, f"{place}{key}.")
-    for key in tensors:
-        prefix = key.removesuffix("conv1.weight")
-        if prefix != key and prefix + "layer1.0.conv1.weight" in tensors:
-            found[place + prefix] = (tensors, prefix)
-    return found
-
-
-def is_online(prefix):
-    """Whether a prefix names the online encoder, not its moving average or something unknown."""
-    parts = prefix.split(".")[:-1]
-    plain = ("module", "_orig_mod", "model", "state_dict", "backbone", "encoder")
-    online = ("online", "student", "encoder_q", "base_encoder")
-    return all(part in plain for part in parts) or any(part.startswith(online) for part in parts)
-
-
-def read_trunk(path, prefix=None):
-    """A dict of tensors with a ResNet in it, and its prefix: of several `prefix`, or the online."""
-    checkpoint = load_checkpoint(path)
-    if not isinstance(checkpoint, dict):
-        raise InputError(f"{path}: holds no state dict of tensors")
-    trunks = find_trunks(checkpoint)
-    if not trunks:
-        raise InputError(f"{path}: no ResNet encoder in it (no conv1 beside layer1.0.conv1)")
-    chosen = [trunk for trunk in trunks if len(trunks) == 1 or is_online(trunk)]
-    if prefix is not None:
-        chosen = [trunk for trunk in trunks if trunk.rstrip(".") == prefix.rstrip(".")]
-    if len(chosen) != 1:
-        raise InputError(f"{path}: which ResNet of {', '.join(map(repr, trunks))}? Save one alone,"
-                         " or choose with load_encoder(..., prefix=...)")
-    return trunks[chosen[0]]
-
-
-def load_encoder(path, arch=None, stem=None, prefix=None):
-    """The ResNet in a checkpoint of ours, of the authors' or of any other tool.
-
-    arch and stem are read off the shapes. Of several ResNets the online one is taken, or the one
-    under `prefix`. What stands beside it (fc, projectors) is left out and named in `left_out`.
-    A 3x3 stem has padding 1 here; one trained with padding 2 (solo-learn's CIFAR ResNets) looks the
-    same in a file, and its features come out 17 % off. InputError when arch or stem contradict the
-    file, when several ResNets might be meant, for missing, unknown, misshapen or infinite tensors.
-    """
-    tensors, prefix = read_trunk(path, prefix)
-    state, left_out = {}, []
-    for key, value in tensors.items():
-        name = key[os.path.commonprefix((key, prefix)).rfind(".") + 1:]  # less what they share
-        if key.startswith(prefix) and re.match(r"(conv|bn|norm|layer|stem|downsample)\d*\.", name):
-            state[name] = value
-        elif name.split(".")[0] not in left_out:
-            left_out.append(name.split(".")[0])
-    found_stem = "cifar" if state["conv1.weight"].shape[-1] == 3 else "imagenet"
-    with torch.device("meta"):
-        wanted = {name: Encoder(name, found_stem).state_dict() for name in ARCHS}
-
-    def matches(name):  # -> how many tensors of this architecture the file has
-        same = [key in state and state[key].shape == x.shape for key, x in wanted[name].items()]
-        return sum(same)
-
-    found_arch = max(ARCHS, key=matches)  # of equals the first: the smallest
-    for what, given, found in (("arch", arch, found_arch), ("stem", stem, found_stem)):
-        if given not in (None, found):
-            raise InputError(f"{path}: {what} {given} was asked for, but the file holds {found}")
-    check_state(path, state, wanted[found_arch])
-    encoder = Encoder(found_arch, found_stem)
-    encoder.load_state_dict(state, strict=False)  # num_batches_tracked may be missing
-    encoder.left_out = left_out
-    return encoder

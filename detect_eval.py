@@ -16,39 +16,35 @@ object: the scores and all that led to them. The same command again resumes.
 import contextlib
 import io
 import json
-import math
 import pickle
 import re
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torchvision.models.detection import backbone_utils, faster_rcnn, mask_rcnn, roi_heads, rpn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, box_convert, roi_align
-from tqdm import tqdm
 
 from care import ARCHS, InputError
-from data import IMAGENET_MEAN, IMAGENET_STD, Stream, stream_batches
-from detect_data import as_tensors, collate, open_sources
-from run import (Unreadable, add_run_arguments, agree, average, catch_signals, check_finite,
-                 check_ranges, checkpoint_of, fail, gather, load_batches, memory_gib,
-                 new_parser, open_encoder, open_log, open_run, parallelise, restore,
-                 same_on_all_ranks, set_precision, setup_ranks, user_errors, versions, write_line,
-                 write_whole)
+from common.boxes import as_tensors, collate, open_sources
+from common.data import Stream
+from common.ranks import fail, gather, note, parallelise, take_buffers_of_rank_0, user_errors
+from common.run import (Run, add_run_arguments, checked, count, new_parser, positive, versions,
+                        write_whole)
+from common.views import IMAGENET_MEAN, IMAGENET_STD
+from common.weights import checkpoint_file, open_encoder, sha256_of
 
 # falls: the steps after which the rate falls to a tenth; sizes: of the shorter side, in pixels
 VOC = {"iterations": 24000, "warmup": 100, "falls": (18000, 22000), "sizes": range(480, 801, 32)}
 COCO = {"iterations": 90000, "warmup": 1000, "falls": (60000, 80000), "sizes": range(640, 801, 32)}
 PROTOCOLS = {"voc-c4": VOC, "coco-c4": COCO, "coco-fpn": COCO}
 MAX_SIZE = 1333  # of the longer side, in pixels
-PROTOCOL_VERSION = 1  # raised when a run that goes on would train in another way than it began
+PROTOCOL_VERSION = 1  # raised when a resumed run would train in another way than before
 # What may differ when a run is resumed (the encoder's sha256 counts, not its path), and what an
 # argument was before it existed.
 FREE = ("workers", "out", "save_every", "log_every", "max_steps", "pretrained")
@@ -60,7 +56,7 @@ def parse_args(argv=None):
     """The command line as a namespace; a mistake in it is one line on stderr and exit code 2."""
     parser = new_parser(__doc__)
     add = parser.add_argument_group("encoder and data").add_argument
-    add("--pretrained", required=True, metavar="FILE|random",
+    add("--pretrained", required=True, type=checkpoint_file, metavar="FILE|random",
         help="encoder.pth, last.pth, the authors' checkpoint, a torchvision or MoCo state dict; "
              "random: an untrained one")
     add("--arch", choices=ARCHS, help="read off the file unless given (random: default resnet50)")
@@ -70,19 +66,21 @@ def parse_args(argv=None):
     add("--export-detectron2", metavar="OUT.pkl", help="only write the encoder for Detectron2")
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=PROTOCOLS, default="voc-c4", help="see above (default voc-c4)")
-    add("--iterations", type=int,
+    add("--iterations", type=count,
         help="the schedule scales with them (default 24000, COCO 90000)")
-    add("--batch-size", type=int, default=16, help="images over all ranks (default 16)")
-    add("--lr", type=float, default=0.02, help="peak learning rate of SGD (default 0.02)")
-    add("--min-size", type=int, nargs="+", metavar="PX",
+    add("--batch-size", type=count, default=16, help="images over all ranks (default 16)")
+    add("--lr", type=positive, default=0.02, help="peak learning rate of SGD (default 0.02)")
+    side = checked(int, f"a multiple of 32, up to {MAX_SIZE}, the longest side",
+                  lambda value: value % 32 == 0 and 0 < value <= MAX_SIZE)
+    add("--min-size", type=side, nargs="+", metavar="PX",
         help="shorter sides, one drawn per image; testing takes the last, and anchors scale with "
              "it (default 480-800 by 32, COCO 640-800, shapes 128)")
-    add("--rois", type=int, default=512,
+    add("--rois", type=count, default=512,
         help="regions per image that train the heads (default 512); testing looks at twice as many "
              "proposals, 1000 at most")
     add = parser.add_argument_group("running").add_argument
     add_run_arguments(add)
-    add("--save-every", type=int, default=1000, metavar="STEPS",
+    add("--save-every", type=count, default=1000, metavar="STEPS",
         help="between checkpoints (default 1000)")
     return fill_in(parser.parse_args(argv))
 
@@ -101,10 +99,6 @@ def fill_in(args):
         parent = "runs/random" if args.pretrained == "random" else Path(args.pretrained).parent
         args.out = f"{parent}/{args.protocol}"
     args.protocol_version = PROTOCOL_VERSION
-    check_ranges(args)
-    for size in args.min_size:
-        if size % 32 or size > MAX_SIZE:
-            fail(f"--min-size {size}: must be a multiple of 32, up to {MAX_SIZE}, the longest side")
     return args
 
 
@@ -336,40 +330,24 @@ def coco_scores(images, truth, found):
 
 
 @torch.no_grad()
-def evaluate(model, source, args, run):
-    """Scores of a detector on a whole source, {} but on rank 0; None if a signal asks to stop.
+def evaluate(run, args, model, source):
+    """Scores of a detector on a whole source, {} except on rank 0; None if a signal asks to stop.
 
-    run: rank, world, device, autocast, stopping (signals). Exit code 2 if an image is unreadable.
+    Exit code 2 if an image cannot be read.
     """
     model.eval()
-    if run.world > 1:  # running statistics are rank 0's, where they are not synchronised
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-    mine = range(run.rank, len(source), run.world)
-    size = max(1, args.batch_size // run.world)
-    sampler = [mine[start:start + size] for start in range(0, len(mine), size)]
-    stream = Stream(source, as_tensors, args.seed, len(source), shuffle=False)
-    batches = load_batches(stream, sampler, args.workers, run.device, collate_fn=collate)
-    unreadable, masks = Unreadable(stream), args.protocol != "voc-c4"
-    sizes, truth, found = [], [], []
-    rounds = math.ceil(len(source) / (run.world * size))  # rank 0's batches; others may have fewer
-    for _ in tqdm(range(rounds), "val", leave=False, disable=run.rank > 0 or None):
-        if agree(bool(run.stopping)):
-            return None
-        with user_errors():
-            batch = next(batches, None)
-        if batch is None:
-            continue
-        images, targets, numbers, bad = batch
-        unreadable.note(bad)
+    take_buffers_of_rank_0(model)
+    masks, sizes, truth, found = args.protocol != "voc-c4", [], [], []
+    batches = run.in_order(source, as_tensors, "val", args.batch_size, collate)
+    for images, targets, numbers in batches:
         with run.autocast:
             detections = model(to_device(images, run.device))
         for number, image, target, detection in zip(numbers, images, targets, detections):
             sizes.append({"id": number, "height": image.shape[1], "width": image.shape[2]})
             truth += as_records(target, number, masks)
             found += as_records(detection, number, masks)
-    if unreadable.count():
-        fail("val cannot be scored without the images named above")
+    if run.stopping():
+        return None
     shares = gather((sizes, truth, found))
     if run.rank > 0:
         return {}
@@ -406,147 +384,80 @@ def to_device(tensors, device):
     return [value.to(device, non_blocking=True) for value in tensors]
 
 
-def train_step(model, optimizer, scaler, autocast, images, targets, lr):
+def train_step(parallel, optimizer, run, images, targets, lr):
     """One step of the optimiser -> the losses, scalars on the device, by name."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    with autocast:
-        losses = model(images, targets)
+    with run.autocast:
+        losses = parallel(images, targets)
     loss = sum(losses.values())
     optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
+    run.scaler.scale(loss).backward()
+    run.scaler.step(optimizer)
+    run.scaler.update()
     return {"loss": loss, **losses}
 
 
-def save(args, rank, done, parts, unreadable):
-    """Write last.pth."""
-    with user_errors(1, "cannot write (what was there before stays): "):
-        if rank == 0:
-            write_whole(f"{args.out}/last.pth", checkpoint_of(args, done, parts, unreadable))
-
-
-def ending(args, done, signalled):
-    """The last line of a run without scores: where it stands, and what to type next."""
-    line = f"{args.out}: stopped after step {done} of {args.iterations}"
-    if signalled:
-        return f"{line}; the same command goes on"
-    return f"{line}, as --max-steps says; the same command goes on with a larger one, or without it"
-
-
 # ------------------------------------------------------------------------------------------- main
+def open_all(run, args):
+    """The encoder, the images to train on and those to score. Fills in arch, sha256, images."""
+    with user_errors():
+        encoder = open_encoder(args.pretrained, args.arch, "imagenet", args.seed)
+        source, val = open_sources(args.data, args.protocol)
+        if args.batch_size % run.world or len(source) < args.batch_size:
+            raise InputError(f"--batch-size {args.batch_size}: must be a multiple of {run.world} "
+                             f"ranks and at most {len(source)}, the number of training images")
+    if encoder.left_out:
+        note(f"{args.pretrained}: left out {', '.join(encoder.left_out)}")
+    args.arch, args.sha256, args.images = encoder.arch, sha256_of(encoder), len(source)
+    return encoder, source, val
+
+
 def main(argv=None):
     args = parse_args(argv)
     if args.export_detectron2:
         with user_errors():
-            encoder, _ = open_encoder(args.pretrained, args.arch, "imagenet", args.seed)
+            encoder = open_encoder(args.pretrained, args.arch, "imagenet", args.seed)
             export_detectron2(encoder, args.export_detectron2)
         return
     try:
         import pycocotools.cocoeval  # noqa: F401
     except ImportError:
         fail("scoring needs pycocotools: pip install pycocotools")
-    signals = catch_signals()
-    rank, world, device = setup_ranks(args)
+    run = Run(args, FREE)
     torch.backends.cudnn.benchmark = False  # image sizes vary
-    autocast, scaler = set_precision(args, device)
+    encoder, source, val = open_all(run, args)
 
-    # encoder and data
-    with user_errors():
-        encoder, args.sha256 = open_encoder(args.pretrained, args.arch, "imagenet", args.seed)
-        args.arch = encoder.arch
-        source, val = open_sources(args.data, args.protocol)
-        args.images = len(source)
-        if args.batch_size % world or args.images < args.batch_size:
-            raise InputError(f"--batch-size {args.batch_size}: must be a multiple of {world} ranks "
-                             f"and at most {args.images}, the number of training images")
-        if rank == 0:
-            lock = open_run(args.out)  # noqa: F841  held until the process ends
-    same_on_all_ranks(**{name: value for name, value in vars(args).items() if name not in FREE})
-
-    # model, and where an earlier run of the same command got to
     torch.manual_seed(args.seed)
     model = new_detector(encoder, args.protocol, len(source.classes), args.min_size, args.rois)
-    model = model.to(device)
+    model = model.to(run.device)
     optimizer = new_optimizer(model)
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    start, known = restore(args.out, args, parts, FREE, DEFAULTS)
-    stop = min(args.iterations, args.max_steps or args.iterations)
+    run.restore({"model": model, "optimizer": optimizer}, args.iterations, args.save_every,
+                defaults=DEFAULTS)
+    parallel = parallelise(model, run.device)
 
     per_epoch = args.images // args.batch_size * args.batch_size
     stream = Stream(source, partial(as_tensors, flip=0.5), args.seed, per_epoch)
-    sampler = stream_batches(start, stop, args.batch_size, rank, world)
-    batches = load_batches(stream, sampler, args.workers, device, collate_fn=collate)
-    unreadable = Unreadable(stream, known)
-    model, parallel = parallelise(model, world, device)
-    log, _ = open_log(args.out, args, start, args.iterations, world, device)
-    bar = tqdm(total=stop, initial=start, unit="step", disable=rank > 0 or None)
-
-    # the loop: a step, log, save
     model.train()
-    done, saved, losses, failure = start, start, {}, None
-    for step in range(start, stop):
-        try:
-            images, targets, _, bad = next(batches)
-        except (InputError, OSError) as error:
-            failure = error
-        if agree(bool(signals) or failure is not None):
-            break
-        unreadable.note(bad)
-
+    for step, [(images, targets, _)] in run.batches(stream, args.batch_size, collate=collate):
         # the sizes of images and the sampling of regions are drawn from this seed
-        seed = np.random.SeedSequence((args.seed, step, rank)).generate_state(1)[0]
+        seed = np.random.SeedSequence((args.seed, step, run.rank)).generate_state(1)[0]
         torch.manual_seed(int(seed))
-        images = to_device(images, device)
-        targets = [to_device(target, device) for target in targets]
+        images = to_device(images, run.device)
+        targets = [to_device(target, run.device) for target in targets]
         lr = lr_at(step, args)
-        losses = train_step(parallel, optimizer, scaler, autocast, images, targets, lr=lr)
-        done = step + 1
-        bar.update()
+        losses = train_step(parallel, optimizer, run, images, targets, lr=lr)
+        run.after(step + 1, losses, lr=lr)
 
-        logging = done % args.log_every == 0 or done == args.iterations
-        saving = done % args.save_every == 0 or done == stop
-        if not (logging or saving):
-            continue
-        values = average(losses, world)
-        check_finite(values, model, done)
-        count = unreadable.count()
-        if logging:
-            write_line(log, {"step": done, "lr": lr, **values,
-                             "memory_gib": round(memory_gib(device), 2), "unreadable": count})
-            bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
-        if saving:
-            save(args, rank, done, parts, unreadable)
-            saved = done
-    bar.close()
-
-    if done > saved:  # stopped between two checkpoints
-        check_finite(average(losses, world), model, done)
-        unreadable.count()
-        save(args, rank, done, parts, unreadable)
-    with user_errors():
-        if failure is not None:
-            raise failure
-
-    # score
-    scores = None
-    if done == args.iterations:
-        run = SimpleNamespace(rank=rank, world=world, device=device, autocast=autocast,
-                              stopping=signals)
-        scores = evaluate(model, val, args, run)
-    last_line = ending(args, done, signalled=bool(agree(bool(signals))))
-    if scores is not None:
-        metric = "VOC07, 11 points of recall" if args.protocol == "voc-c4" else "COCO"
-        result = {**scores, "metric": metric, "encoder": args.pretrained, **vars(args),
-                  "max_size": MAX_SIZE, "val_images": len(val), **versions(world, device)}
-        write_line(log, result)
-        last_line = json.dumps(result)
-    if rank == 0:
-        print(last_line)
-    if world > 1:
-        dist.barrier()  # no rank takes the group away from one that is still in it
-        dist.destroy_process_group()
+    scores = None if run.unfinished() else evaluate(run, args, model, val)
+    if scores is None:
+        run.finish(run.unfinished() or "stopped while scoring; the same command goes on")
+        return
+    metric = "VOC07, 11 points of recall" if args.protocol == "voc-c4" else "COCO"
+    result = {**scores, "metric": metric, "encoder": args.pretrained, **vars(args),
+              "max_size": MAX_SIZE, "val_images": len(val), **versions(run.world, run.device)}
+    run.log(result)
+    run.finish(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
   python semi_eval.py --data shapes --pretrained runs/shapes/encoder.pth --percent 10
   torchrun --nproc_per_node 8 semi_eval.py --pretrained encoder.pth --percent 1 \\
       --subset 1percent.txt --lr 0.01 0.02 0.05 0.1 0.005 --epochs 30 50     BYOL's grid on ImageNet
-  python semi_eval.py --pretrained random --percent 100                a table's supervised row
+  python semi_eval.py --pretrained random --percent 100                supervised, from scratch
 
 Several --lr or --epochs are compared on a held-out fifth of the subset; the best runs once more, on
 all of it. Each run has its own folder in --out, so a grid can grow. The last line on stdout is one
@@ -21,10 +21,11 @@ from torch import nn
 from torch.utils.data import Subset
 
 from care import InputError, pool
-from knn import labels_of, split_by_class
-from linear_eval import (add_evaluation_arguments, evaluate, finish, fit, new_head, open_sets,
-                         setup)
-from run import check_ranges, fail, new_parser, use_recipe, user_errors, write_whole
+from common.data import labels_of, split_by_class
+from common.ranks import fail, user_errors
+from common.run import Diverged, Run, count, new_parser, positive, use_recipe, write_whole
+from linear_eval import (FREE, add_evaluation_arguments, evaluate, finish, finish_arguments, fit,
+                         new_head, open_frozen, open_sets)
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -38,17 +39,16 @@ def parse_args(argv=None):
     add("--subset", metavar="FILE",
         help="list of images, a line each: file names, as in SimCLR's lists, or class/file "
              "(default: drawn from every class, by the seed)")
-    add("--epochs", type=int, nargs="+", default=[50],
+    add("--epochs", type=count, nargs="+", default=[50],
         help="passes over the subset; several are compared (default 50)")
-    add("--batch-size", type=int, default=1024,
+    add("--batch-size", type=count, default=1024,
         help="over all ranks; of a smaller subset, all of it (default 1024)")
-    add("--lr", type=float, nargs="+", default=[0.05],
+    add("--lr", type=positive, nargs="+", default=[0.05],
         help="learning rate, whatever the batch size; several are compared (default 0.05)")
-    add("--head-lr", type=float, help="learning rate of the classifier (default: the encoder's)")
+    add("--head-lr", type=positive, help="learning rate of the classifier (default: the encoder's)")
     args = parser.parse_args(argv)
     use_recipe(args, ("image_size",))
-    check_ranges(args)
-    return args
+    return finish_arguments(args, f"semi{args.percent}")
 
 
 # ------------------------------------------------------------------------------------------- subset
@@ -61,7 +61,7 @@ def names_of(source):
 
 
 def short_names(name, kind):
-    """What a list may call the image class/folders/file of the class `kind`, beside that."""
+    """Shorter names that a list may use for the image class/folders/file of the class `kind`."""
     below = name.removeprefix(f"{kind}/")
     file = Path(name).name
     return {below, file, f"{kind}/{file}", f"{kind}_{file}"}
@@ -98,7 +98,7 @@ def read_subset(path, source):
 
 
 def shown(name):
-    """A name that can be printed, whatever bytes are in it."""
+    """A name as text that can be printed; bytes that are no UTF-8 as escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -109,7 +109,7 @@ def draw_subset(source, percent, seed):
 
 
 def check_classes(indices, source, what):
-    """The indices; InputError unless they hold every class."""
+    """The indices; InputError unless every class is among them."""
     empty = set(range(len(source.classes))) - set(labels_of(source)[indices].tolist())
     if empty:
         first = source.classes[min(empty)]
@@ -119,89 +119,89 @@ def check_classes(indices, source, what):
 
 # ----------------------------------------------------------------------------------------- training
 class FineTune(nn.Module):
-    """Encoder and classifier, all trained: (B, 3, H, W) -> [scores (B, classes)]."""
+    """Encoder and classifier, all trained: (B, 3, H, W) -> scores (B, classes)."""
 
     def __init__(self, encoder, classes):
         super().__init__()
         self.encoder = copy.deepcopy(encoder)
-        self.heads = nn.ModuleList([new_head("linear", encoder.dim5, classes)])
+        self.head = new_head("linear", encoder.dim5, classes)
 
     def forward(self, x):
-        return [self.heads[0](pool(self.encoder(x)[1]))]
+        return self.head(pool(self.encoder(x)[1]))  # (B, classes)
 
 
-def fine_tune(run, args, name, source, lr, epochs):
-    """A fresh model, fine-tuned on `source`, in --out/name -> the model, or None; its arguments.
+def fine_tune(run, args, encoder, name, source, lr, epochs):
+    """A fresh model, fine-tuned on `source`, in --out/name -> the model and its arguments.
 
-    SGD with Nesterov's momentum 0.9, cosine, no weight decay. None: it has diverged.
+    SGD with Nesterov's momentum 0.9, cosine, no weight decay. Diverged: loss or weights not finite.
     """
     args = argparse.Namespace(**vars(args))
-    args.out, args.lr, args.epochs = str(Path(args.out) / name), lr, epochs
+    args.out, args.lr, args.epochs = f"{args.out}/{name}", lr, epochs
     args.batch_size = min(args.batch_size, len(source)) // run.world * run.world
+    args.images = len(source)
     if args.head_lr is None:
         args.head_lr = lr
     if args.batch_size < 2 * run.world:
         fail(f"batches of {args.batch_size}, of {len(source)} images: {run.world} ranks need at "
              "least 2 images each")
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    model = FineTune(run.encoder, len(run.classes)).to(run.device)
+    model = FineTune(encoder, len(source.dataset.classes)).to(run.device)
     groups = [{"params": list(model.encoder.parameters()), "base_lr": lr},
-              {"params": list(model.heads.parameters()), "base_lr": args.head_lr}]
+              {"params": list(model.head.parameters()), "base_lr": args.head_lr}]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
-    return fit(run, args, model, optimizer, source), args
+    fit(run.within(args), args, model, optimizer, source)
+    return model, args
 
 
-def compare(run, args, subset, grid):
+def compare(run, args, encoder, train, indices, grid):
     """Top-1 of each (lr, epochs) on a held-out fifth of the subset; -1 where it diverged."""
-    drawn, rest = split_by_class(labels_of(subset), lambda n: round(n / 5), args.seed)
+    drawn, rest = split_by_class(labels_of(train)[indices], lambda n: round(n / 5), args.seed)
     if not len(drawn):
-        fail(f"{len(subset)} images: too few a class to hold a fifth out; give one --lr and one "
+        fail(f"{len(indices)} images: too few a class to hold a fifth out; give one --lr and one "
              "--epochs")
+    kept, held_out = Subset(train, indices[rest]), Subset(train, indices[drawn])
     scores = {}
     for lr, epochs in grid:
-        name = f"lr{lr:g}_epochs{epochs}"
-        model, _ = fine_tune(run, args, name, Subset(subset, rest), lr, epochs)
-        scores[lr, epochs] = -1.0
-        if model is not None:
-            held_out = Subset(subset, drawn)
-            scores[lr, epochs], _ = evaluate(run, args, model, held_out, "held-out fifth")[0]
+        try:
+            name = f"lr{lr:g}_epochs{epochs}"
+            model, _ = fine_tune(run, args, encoder, name, kept, lr, epochs)
+            scores[lr, epochs], _ = evaluate(run, args, model, held_out, "held-out fifth")
+        except Diverged:
+            scores[lr, epochs] = -1.0
     return scores
 
 
 # --------------------------------------------------------------------------------------------- main
 def main(argv=None):
     args = parse_args(argv)
-    run = setup(args, f"semi{args.percent}")
-    open_sets(run, args)
+    run = Run(args, (*FREE, "subset"))  # known by its sha256
+    encoder = open_frozen(run, args)
+    train, val = open_sets(run, args)
     with user_errors():
         if args.subset:
-            indices = read_subset(args.subset, run.train)
+            indices = read_subset(args.subset, train)
         else:
-            indices = draw_subset(run.train, args.percent, args.seed)
+            indices = draw_subset(train, args.percent, args.seed)
         if run.rank == 0:
-            names = names_of(run.train)
+            names = names_of(train)
             lines = "".join(f"{names[index]}\n" for index in indices)
             write_whole(f"{args.out}/subset.txt", lines.encode("utf-8", "surrogateescape"))
-    subset = Subset(run.train, indices)
-    args.subset = hashlib.sha256(indices.tobytes()).hexdigest()
+    args.subset_sha256 = hashlib.sha256(indices.tobytes()).hexdigest()
 
     grid, scores = list(product(args.lr, args.epochs)), {}
     best = grid[0]
     if len(grid) > 1:
-        scores = compare(run, args, subset, grid)
+        scores = compare(run, args, encoder, train, indices, grid)
         best = max(grid, key=scores.get)
     lr, epochs = best
-    name = f"final_lr{lr:g}_epochs{epochs}"
-    model, final = fine_tune(run, args, name, subset, lr, epochs)
-    if model is None:
-        fail(f"{final.out}: loss or weights not finite: choose a smaller --lr", code=1)
-    top1, top5 = evaluate(run, args, model, run.val)[0]
+    subset, name = Subset(train, indices), f"final_lr{lr:g}_epochs{epochs}"
+    model, final = fine_tune(run, args, encoder, name, subset, lr, epochs)
+    top1, top5 = evaluate(run, args, model, val)
     choice = {f"lr {lr:g}, {epochs} epochs": score for (lr, epochs), score in scores.items()}
     finish(run, args, {
         "top1": top1, "top5": top5, "protocol": "semi", "percent": args.percent, "head": "linear",
         "lr": final.lr, "head_lr": final.head_lr, "epochs": final.epochs,
-        "batch_size": final.batch_size, "labels": len(subset), "subset": args.subset,
+        "batch_size": final.batch_size, "labels": len(subset), "subset": args.subset_sha256,
         "choice": choice})
 
 

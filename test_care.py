@@ -1,4 +1,5 @@
-"""Tests of the method, its parts, and weights in and out: `pytest -q test_care.py`.
+"""The method's proof: `pytest -q test_care.py`, a minute on a CPU, needs nothing but this file,
+care.py, the reader of the authors' checkpoint and tests/golden.json.
 
   equation  what                               test
   (1), (3)  L_c, L_t                           test_golden
@@ -13,26 +14,46 @@
 import copy
 import json
 import math
-import pickle
 import re
 import zlib
-from argparse import Namespace
-from collections import defaultdict
-from pathlib import Path, PurePosixPath
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import BasicBlock, ResNet
 
 import care
-from care import (CARE, Encoder, InputError, MultiHeadSelfAttention, PositionEncoding, load_encoder,
-                  save_encoder)
-from conftest import Code, Thin, slow
+from care import CARE, Encoder, InputError, MultiHeadSelfAttention, PositionEncoding
+from common.weights import load_encoder, load_released, released_key
+
+GOLDEN = json.loads((Path(__file__).parent / "tests" / "golden.json").read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_gpu():
+    """A repeated run is exact on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", bool)  # False
+        patch.setattr(torch.cuda, "device_count", int)  # 0
+        yield
+
+
+class Thin(ResNet):  # with fewer than 16 channels oneDNN (torch 2.14) corrupts memory
+    """A ResNet with half of a resnet18's blocks and a quarter of its width, for quick steps."""
+
+    def __init__(self, weights=None):
+        super().__init__(BasicBlock, [1, 1, 1, 1])
+        self.fc = nn.Linear(128, 1000)
+
+    def _make_layer(self, block, planes, *rest, **named):
+        return super()._make_layer(block, planes // 4, *rest, **named)
+
+
+care.ARCHS["thin"] = Thin
 
 
 def small(**changes):
@@ -49,6 +70,12 @@ def two_views(size=64, batch=4):
 
 
 # ------------------------------------------------------------------ the method against the release
+# Outputs, losses, gradients and one step of the authors' released code (ResNet-50, 224 px), run
+# once in float64 on the two views of `view` with the weights of `fill`. eval: both branches in
+# eval mode on view 1, first eight numbers of sample 0. train_parts, train_total: train mode, both
+# view orders, as "x1->x2", where online sees x1; "L_att_momentum[x2]" is the momentum term for
+# view x2. grad_norm, grad_sum: of the total loss, by released name. after_step: norms after an
+# SGD step (rate 0.05, momentum 0.9, weight decay 1e-4) and a momentum update with tau 0.99.
 def fill(name, shape, seed=2021):
     """The value of a parameter or buffer, by its released name, behind the golden figures."""
     if name.endswith("num_batches_tracked"):
@@ -76,7 +103,7 @@ def filled_state(model, prefix=""):
     """A checkpoint in the authors' layout for this model's architecture, filled by the rule."""
     state = {}
     for key, value in model.state_dict().items():
-        name = care.released_key(key)
+        name = released_key(key)
         state[prefix + name] = torch.from_numpy(np.asarray(fill(name, tuple(value.shape))))
     return state
 
@@ -100,7 +127,7 @@ def released_values():
         with torch.device("meta"):
             model = CARE(position=position)
         for key, value in model.state_dict().items():
-            name = care.released_key(key)
+            name = released_key(key)
             if name not in values:
                 values[name] = torch.from_numpy(np.asarray(fill(name, tuple(value.shape))))
     yield values
@@ -114,11 +141,11 @@ def test_golden(position, released_values, tmp_path):
     with torch.device("meta"):
         model = CARE(position=position)
     model.to_empty(device="cpu")
-    names = [care.released_key(key) for key in model.state_dict()]
+    names = [released_key(key) for key in model.state_dict()]
     path = tmp_path / "100_ckpt.pth.tar"
     state = {f"module.{name}": released_values[name] for name in names}
     torch.save({"start_epoch": 100, "model": state, "optimizer": {}}, path)
-    model.load_released(path)
+    load_released(model, path)
     if position == "relative":  # the encoder alone, as the evaluation scripts read it, in float32
         encoder = load_encoder(path).eval()
         with torch.no_grad():
@@ -167,7 +194,7 @@ def test_golden(position, released_values, tmp_path):
             total[key] += out[key].detach()
     close([total["loss"], total["loss_c"], total["loss_t"], 100 * total["loss_att"]],
           [golden["train_total"][key] for key in ("loss", "L_c", "L_t", "lambda*L_att")])
-    gradients = {care.released_key(name).removeprefix("student_encoder."): p.grad
+    gradients = {released_key(name).removeprefix("student_encoder."): p.grad
                  for name, p in model.named_parameters() if p.grad is not None}
     for name, norm in golden["grad_norm"].items():
         close(gradients[name].norm(), norm)
@@ -176,7 +203,7 @@ def test_golden(position, released_values, tmp_path):
 
     optimizer.step()
     model.update_momentum(0.99)
-    state = {care.released_key(key): value for key, value in model.state_dict().items()}
+    state = {released_key(key): value for key, value in model.state_dict().items()}
     for branch, prefix in (("online", "student_encoder."), ("momentum", "teacher_encoder.")):
         for name, norm in golden["after_step"][branch].items():
             close(state[prefix + name].norm(), norm)
@@ -372,7 +399,7 @@ FOREIGN = {  # torchvision's name -> the nodes that give conv4 and conv5, and th
 
 
 QUICK = [(name, 5) for name in FOREIGN]
-LONG = [pytest.param(name, 20, marks=slow) for name in FOREIGN]
+LONG = [pytest.param(name, 20, marks=pytest.mark.slow) for name in FOREIGN]
 
 
 @pytest.mark.parametrize("name, steps", [("one channel", 20), *QUICK, *LONG])
@@ -502,320 +529,9 @@ def test_refuses_a_module_without_convolution():
 
 def test_a_foreign_encoder_is_saved_and_read_back(tmp_path):
     model = around(Plain())
-    save_encoder(model.online.encoder, tmp_path / "plain.pth")
+    torch.save(model.online.encoder.state_dict(), tmp_path / "plain.pth")
     fresh = Plain()
     fresh.load_state_dict(torch.load(tmp_path / "plain.pth", weights_only=True))
     assert torch.equal(fresh.last.weight, model.online.encoder.last.weight)
     with pytest.raises(InputError, match="no ResNet encoder"):
         load_encoder(tmp_path / "plain.pth")
-
-
-# ------------------------------------------------------------------------------ weights in and out
-@pytest.mark.parametrize("position, prefix", [("absolute", "module."), ("relative", "")])
-def test_load_released(position, prefix, tmp_path):
-    model = small(position=position)
-    state = filled_state(model, prefix)
-    torch.save({"start_epoch": 100, "model": state, "optimizer": {}}, tmp_path / "ckpt.pth.tar")
-    model.load_released(tmp_path / "ckpt.pth.tar")
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, state[prefix + care.released_key(key)].to(value.dtype))
-    before = {key: value.clone() for key, value in small(blocks=3).state_dict().items()}
-    others = {"blocks": small(blocks=3), "arch": small(arch="resnet34"),
-              "size": small(image_size=96),
-              "position": small(position="relative" if position == "absolute" else "absolute")}
-    for other in others.values():
-        with pytest.raises(ValueError, match="missing|unexpected|wrong shape"):
-            other.load_released(tmp_path / "ckpt.pth.tar")
-    for key, value in others["blocks"].state_dict().items():
-        assert torch.equal(value, before[key])
-
-
-def test_released_names_in_any_order(monkeypatch):
-    key = "online.transformer.0.attention.position.rel_height"
-    assert care.released_key(key) == "student_encoder.trans.net.0.net.3.pos_emb.rel_height"
-    keys = [*small().state_dict(), *small(position="absolute").state_dict()]
-    names = [care.released_key(key) for key in keys]
-    monkeypatch.setattr(care, "RELEASED_NAMES", dict(reversed(care.RELEASED_NAMES.items())))
-    assert [care.released_key(key) for key in keys] == names
-
-
-@pytest.mark.parametrize("arch, stem", [("resnet18", "cifar"), ("resnet34", "imagenet"),
-                                        ("resnet50", "cifar"), ("resnet50w2", "imagenet"),
-                                        ("resnet101", "imagenet"), ("resnet152", "imagenet")])
-def test_load_encoder_tells_arch_and_stem(arch, stem, tmp_path, monkeypatch):
-    with torch.device("meta"):
-        encoder = Encoder(arch, stem)
-    state = {key: torch.zeros((), dtype=value.dtype).expand(value.shape)  # a few bytes in the file
-             for key, value in encoder.state_dict().items()}
-    torch.save(state, tmp_path / "e.pth")
-    monkeypatch.setattr(nn.init, "kaiming_normal_", lambda weight, **_: weight)
-    loaded = load_encoder(tmp_path / "e.pth")
-    assert (loaded.arch, loaded.stem, loaded.left_out) == (arch, stem, [])
-    assert not any(value.any() for value in loaded.state_dict().values())
-
-
-@pytest.fixture
-def trunk(monkeypatch):
-    """A small ResNet's state dict; no other architecture is known."""
-    monkeypatch.setattr(care, "ARCHS", {"thin": Thin})
-    torch.manual_seed(0)
-    return Encoder("thin").state_dict()
-
-
-def under(prefix, state):
-    return {prefix + key: value for key, value in state.items()}
-
-
-HEAD = {"0.weight": torch.zeros(3, 512)}  # of any name
-
-
-def layouts(trunk):
-    """Name -> a checkpoint with this trunk in it, and what is to be left out."""
-    other = {key: value + 1 for key, value in trunk.items()}  # a moving average, say
-    head = under("fc.", HEAD)
-    return {
-        "torchvision": (trunk | head, ["fc"]),
-        "untracked": ({k: v for k, v in trunk.items() if "num_batches_tracked" not in k}, []),
-        "half": ({key: value.half() for key, value in trunk.items()}, []),
-        "compiled": (under("_orig_mod.", trunk), []),
-        "compiled in DDP": ({"model": under("module._orig_mod.encoder.", trunk)}, []),
-        "any prefix": ({"net": under("a.b_1.", trunk) | under("a.neck.", HEAD)}, ["neck"]),
-        "ours": ({"step": 3, "model": under("momentum.encoder.", other)
-                  | under("online.encoder.", trunk) | under("online.projector_c.", HEAD)},
-                 ["momentum", "projector_c"]),
-        "moco v2": ({"epoch": 1, "state_dict": under("module.encoder_q.", trunk | head)
-                     | under("module.encoder_k.", other) | {"module.queue": torch.zeros(2, 3)}},
-                    ["fc", "encoder_k", "queue"]),
-        "moco v3": ({"state_dict": under("module.base_encoder.", trunk)
-                     | under("module.momentum_encoder.", other)}, ["momentum_encoder"]),
-        "lightning": ({"state_dict": under("backbone.", trunk) | under("projection_head.", HEAD),
-                       "hyper_parameters": {"lr": 0.1}}, ["projection_head"]),
-        "solo-learn": ({"state_dict": under("momentum_backbone.", other)
-                        | under("backbone.", trunk) | under("classifier.", HEAD)},
-                       ["momentum_backbone", "classifier"]),
-        "swav": ({"epoch": 1, "state_dict": under("module.", trunk)
-                  | under("module.prototypes.", HEAD) | under("module.projection_head.", HEAD)},
-                 ["prototypes", "projection_head"]),
-        "dino": ({"teacher": under("backbone.", other) | under("head.", HEAD),
-                  "student": under("module.backbone.", trunk) | under("module.head.", HEAD),
-                  "args": Namespace(arch="resnet18"), "epoch": 3}, ["head"]),
-        "vicreg": ({"epoch": 1, "model": under("module.backbone.", trunk)
-                    | under("module.projector.", HEAD), "optimizer": {"state": {0: HEAD}}},
-                   ["projector"]),
-        "byol": ({"online_network_state_dict": under("encoder.", trunk),
-                  "target_network_state_dict": under("encoder.", other)}, []),
-    }
-
-
-@pytest.mark.parametrize("name", layouts({}))
-def test_load_encoder_reads_every_layout(name, trunk, tmp_path):
-    """The online trunk under any prefix; what stands beside it is named."""
-    checkpoint, left_out = layouts(trunk)[name]
-    torch.save(checkpoint, tmp_path / "e.pth")
-    loaded = load_encoder(tmp_path / "e.pth")
-    assert (loaded.arch, loaded.stem, loaded.left_out) == ("thin", "imagenet", left_out)
-    own = loaded.state_dict()
-    for key, value in trunk.items():
-        assert torch.equal(own[key], value.half().float() if name == "half" else value), key
-
-
-def test_load_encoder_asks_which_of_several(trunk, tmp_path):
-    path = tmp_path / "e.pth"
-    right = {key: value + 1 for key, value in trunk.items()}
-    torch.save({"net": under("left.", trunk) | under("right.", right)}, path)
-    with pytest.raises(InputError) as caught:
-        load_encoder(path)
-    message = (": which ResNet of 'net.left.', 'net.right.'? Save one alone,"
-               " or choose with load_encoder(..., prefix=...)")
-    assert str(caught.value) == f"{path}{message}"
-    for prefix in ("net.right.", "net.right"):
-        loaded = load_encoder(path, prefix=prefix)
-        assert torch.equal(loaded.conv1.weight, trunk["conv1.weight"] + 1)
-        assert loaded.left_out == ["left"]
-    with pytest.raises(InputError, match="which ResNet of"):
-        load_encoder(path, prefix="middle")
-    torch.save(under("student.", trunk) | under("online.", right), path)
-    with pytest.raises(InputError, match="which ResNet of 'student.', 'online.'"):
-        load_encoder(path)
-
-
-def test_load_encoder_refuses(trunk, tmp_path):
-    path = tmp_path / "e.pth"
-
-    def refused(content, match, **given):
-        torch.save(content, path)
-        with pytest.raises(InputError, match=match) as caught:
-            load_encoder(path, **given)
-        assert "\n" not in str(caught.value)
-
-    refused(trunk, "resnet50 was asked for, but the file holds thin", arch="resnet50")
-    refused(trunk, "stem cifar was asked for", stem="cifar")
-    incomplete = {key: value for key, value in trunk.items() if key != "layer3.0.conv1.weight"}
-    refused(incomplete, "missing layer3.0.conv1.weight")
-    refused(under("a.", incomplete), "missing layer3.0.conv1.weight")
-    for inside in ("layer9.weight", "layer1.0.se.weight", "conv2.weight"):
-        refused(trunk | {inside: torch.zeros(1)}, f"unexpected {inside}")
-    refused(trunk | {"bn1.weight": torch.zeros(3)}, "wrong shape: bn1.weight")
-    refused(trunk | {"bn1.weight": trunk["bn1.weight"] * math.nan}, "not finite: bn1.weight")
-    refused({"weights": torch.zeros(3)}, "no ResNet encoder")
-    refused([1, 2], "no state dict")
-    with pytest.raises(FileNotFoundError):
-        load_encoder(tmp_path / "none.pth")
-    torch.save(trunk, path)
-    whole = path.read_bytes()
-    for length in (0, 1, 10_000, len(whole) // 2, len(whole) - 100):
-        path.write_bytes(whole[:length])
-        with pytest.raises(InputError, match="truncated"):
-            load_encoder(path)
-
-
-def test_checkpoints_with_values_beside_the_weights(tmp_path):
-    """Numbers of numpy's, Namespaces, paths and the like are read as they were."""
-    values = {"best": np.float64(71.2), "seen": np.int64(7), "done": np.bool_(True),
-              "name": np.str_("é"), "empty": np.str_(""),
-              "args": Namespace(lr=np.float32(0.5), out=Path("runs/a")),
-              "more": SimpleNamespace(a=[1]), "history": defaultdict(list, loss=[2.0])}
-    others = {"random": np.random.get_state(), "day": np.datetime64("2021-10-11"),
-              "kind": np.dtype("O"), "objects": np.array([None], dtype=object)}
-    torch.save({"model": {"a": torch.ones(2)}} | values | others, tmp_path / "c.pth")
-    loaded = care.load_checkpoint(tmp_path / "c.pth")
-    assert {key: loaded[key] for key in values} == values and loaded["args"].lr.dtype == np.float32
-    assert type(loaded["best"]) is np.float64 and loaded["args"].out == PurePosixPath("runs/a")
-    assert torch.equal(loaded["model"]["a"], torch.ones(2))
-    assert isinstance(loaded["day"], care.Inert) and isinstance(loaded["objects"], care.Inert)
-
-
-def test_code_in_checkpoints_never_runs(tmp_path):
-    """One line names what was refused; numpy follows no address that a forged dtype makes up."""
-    path = tmp_path / "code.pth"
-    for content, name in ((Code(str(tmp_path / "ran")), "posix.mkdir"),
-                          (Encoder("resnet18"), "care.Encoder"),
-                          ({"args": Namespace(f=F.relu)}, "torch.nn.functional.relu"),
-                          ({"f": getattr}, "getattr")):
-        torch.save(content, path)
-        with pytest.raises(InputError) as caught:
-            care.load_checkpoint(path)
-        message = (f": holds more than tensors and numbers: {name} is not loaded; save the weights"
-                   " alone, by torch.save(model.state_dict(), FILE)")
-        assert str(caught.value) == f"{path}{message}"
-    path.write_bytes(pickle.dumps(Code(str(tmp_path / "ran")), protocol=2))
-    with pytest.raises(InputError):
-        load_encoder(path)
-    assert not (tmp_path / "ran").exists()
-    torch.save({"scalar": Forged()}, path)
-    assert isinstance(care.load_checkpoint(path)["scalar"], care.Inert)
-
-
-class Forged:
-    """A numpy scalar whose dtype says that its eight bytes are the address of an object."""
-
-    def __reduce__(self):
-        scalar = np.float64(0).__reduce__()[0]
-        return scalar, (ForgedType(), bytes(8))
-
-
-class ForgedType:
-    def __reduce__(self):
-        fields = {"f": (np.dtype("O"), 0)}
-        return np.dtype, ("V8", False, True), (3, "|", None, ("f",), fields, 8, 1, 0)
-
-
-# ---------------------------------------------------------------------------------- golden numbers
-# Outputs, losses, gradients and one step of the authors' released code (ResNet-50, 224 px), run
-# once in float64 on the two views of `view` with the weights of `fill`. eval: both branches in
-# eval mode on view 1, first eight numbers of sample 0. train_parts, train_total: train mode, both
-# view orders, as "x1->x2", where online sees x1; "L_att_momentum[x2]" is the momentum term for
-# view x2. grad_norm, grad_sum: of the total loss, by released name. after_step: norms after an
-# SGD step (rate 0.05, momentum 0.9, weight decay 1e-4) and a momentum update with tau 0.99.
-GOLDEN = json.loads("""
-{"absolute": {"eval": {"pooled_mean": 1.7756194707011925, "pooled_std": 2.0517042837496957,
-"pooled_0_first8": [2.5540486228263752, 0.9189660064949041, 0.27411932877611356, 0.736994158516361,
-0.028263601550921464, 1.6866480683415774, 0.4364266862961439, 0.04602342327543906], "f1_0_first8":
-[0.003538822989646087, -0.02495642003227202, 0.05391495323125643, 0.16279727872997612,
--0.053694497767539165, 0.004813299742052349, -0.029011391303165268, -0.056643816010744606],
-"f3_0_first8": [0.04191866116697192, 0.0454283930160665, 0.042163650724508554, -0.08937252480371344,
--0.08314999743536501, 0.003366834956660878, 0.04564162233614407, -0.014460219802311871],
-"f2_0_first8": [-0.008301382291667816, 0.0006764947071574368, -0.11309818284298664,
--0.02464124083569241, -0.015010604667907705, 0.06007356456144095, -0.1231151347024109,
-0.07091436546835782], "f4_0_first8": [0.0012446626848258463, -0.011336724545721063,
-0.01741102713409061, -0.02837219283402234, 0.05204941258235092, 0.08431005476054311,
-0.07916015589970121, 0.02961029761664298], "transformer_map_mean": 1.9112474678212683,
-"transformer_map_std": 2.2007184049681316}, "train_parts": {"L_c[x1->x2]": 1.9474592838595524,
-"L_c[x2->x1]": 2.091788969944875, "L_t[x1->x2]": 2.0756669708082964, "L_t[x2->x1]":
-1.9831425710239283, "L_att_online[x1]": 0.008117649761050613, "L_att_online[x2]":
-0.008061227889334456, "L_att_momentum[x2]": 0.007644396143721889, "L_att_momentum[x1]":
-0.007681466354938614}, "train_total": {"loss": 11.248531810541209, "L_c": 4.039248253804427, "L_t":
-4.058809541832225, "lambda*L_att": 3.150474014904557}, "grad_norm": {"conv1.weight":
-83.9055896663312, "bn1.weight": 6.351513389169708, "layer1.0.conv1.weight": 9.661435210747085,
-"layer3.5.conv2.weight": 21.22018282963558, "layer4.0.downsample.0.weight": 12.158130760372233,
-"layer4.2.conv3.weight": 1.9205925563369155, "trans.net.0.shortcut.0.weight": 76.05031908429359,
-"trans.net.0.net.0.weight": 27.644655003776094, "trans.net.0.net.3.to_qkv.weight":
-17.114098914695727, "trans.net.0.net.3.pos_emb.height": 0.44248001088889266,
-"trans.net.0.net.3.pos_emb.width": 0.5379085894444854, "trans.net.4.net.3.to_qkv.weight":
-7.109926063944777, "trans.net.4.net.7.weight": 5.333634574885192, "fc1.0.weight":
-18.254938820949967, "fc1.3.weight": 12.608322689063247, "fc1.4.weight": 3.264791154851933,
-"fc1.7.weight": 8.388067728017827, "fc2.0.weight": 22.8319440750204, "fc2.7.weight":
-7.846244150819012}, "grad_sum": {"conv1.weight": -80.76597074904964, "bn1.weight":
--1.3372206173772574, "layer1.0.conv1.weight": -2.79442182489091, "layer3.5.conv2.weight":
--3.4233659529273677, "layer4.0.downsample.0.weight": -23.97914089520962, "layer4.2.conv3.weight":
--5.490106273287397, "trans.net.0.shortcut.0.weight": 1042.7156908387478, "trans.net.0.net.0.weight":
-55.73995899492614, "trans.net.0.net.3.to_qkv.weight": -121.41813924454647,
-"trans.net.0.net.3.pos_emb.height": 2.229119666630197e-16, "trans.net.0.net.3.pos_emb.width":
-2.5326962749261384e-16, "trans.net.4.net.3.to_qkv.weight": -8.685346802338504,
-"trans.net.4.net.7.weight": 2.5040449240547566, "fc1.0.weight": 77.0782654305575, "fc1.3.weight":
--0.3403805037723915, "fc1.4.weight": 2.638075646311279, "fc1.7.weight": 52.58433868732324,
-"fc2.0.weight": -18.313586200800387, "fc2.7.weight": 124.67634157278513}, "all_grad_norm":
-188.6783990104372, "after_step": {"online": {"conv1.weight": 12.03765713158644,
-"layer4.2.conv3.weight": 63.95372829542739, "trans.net.4.net.7.weight": 64.09166863607919,
-"fc1.0.weight": 63.99384374739337, "fc2.3.weight": 15.996487637085483, "bn1.running_mean":
-0.6497191639305808, "layer4.2.bn3.running_var": 45.56575513728046, "fc1.1.running_mean":
-8.336375519718999}, "momentum": {"conv1.weight": 11.159538630141872, "layer4.2.conv3.weight":
-63.36864835842491, "trans.net.4.net.7.weight": 63.36076788467019, "fc1.0.weight":
-63.375422782517646, "fc2.3.weight": 15.838225244638949, "bn1.running_mean": 0.5998932458566877,
-"layer4.2.bn3.running_var": 45.58297378138011, "fc1.1.running_mean": 8.160419109781685}}},
-"relative": {"eval": {"pooled_mean": 1.7756194707011925, "pooled_std": 2.0517042837496957,
-"pooled_0_first8": [2.5540486228263752, 0.9189660064949041, 0.27411932877611356, 0.736994158516361,
-0.028263601550921464, 1.6866480683415774, 0.4364266862961439, 0.04602342327543906], "f1_0_first8":
-[0.003538822989646087, -0.02495642003227202, 0.05391495323125643, 0.16279727872997612,
--0.053694497767539165, 0.004813299742052349, -0.029011391303165268, -0.056643816010744606],
-"f3_0_first8": [0.040722379015514294, 0.04594760239587129, 0.04158939906941564,
--0.08986424354449757, -0.08331381305525566, 0.0029848672410615457, 0.044863436914710654,
--0.01364133640022283], "f2_0_first8": [-0.008301382291667816, 0.0006764947071574368,
--0.11309818284298664, -0.02464124083569241, -0.015010604667907705, 0.06007356456144095,
--0.1231151347024109, 0.07091436546835782], "f4_0_first8": [0.000719095470088737,
--0.014300216422436238, 0.017273482700602794, -0.02946023558450092, 0.051444148876412604,
-0.08432221797040994, 0.0791481889205617, 0.02936928697818375], "transformer_map_mean":
-1.9124413546569674, "transformer_map_std": 2.201214375455488}, "train_parts": {"L_c[x1->x2]":
-1.9474592838595524, "L_c[x2->x1]": 2.091788969944875, "L_t[x1->x2]": 2.0548064261939607,
-"L_t[x2->x1]": 2.0370844551826166, "L_att_online[x1]": 0.008084644033181008, "L_att_online[x2]":
-0.008056252317829795, "L_att_momentum[x2]": 0.007574802425696238, "L_att_momentum[x1]":
-0.007592074395560939}, "train_total": {"loss": 11.261916452407803, "L_c": 4.039248253804427, "L_t":
-4.091890881376577, "lambda*L_att": 3.1307773172267983}, "grad_norm": {"conv1.weight":
-95.91264002334917, "bn1.weight": 6.332343058944432, "layer1.0.conv1.weight": 11.007027319104171,
-"layer3.5.conv2.weight": 24.593958650848254, "layer4.0.downsample.0.weight": 12.059130905864672,
-"layer4.2.conv3.weight": 1.9059831396714506, "trans.net.0.shortcut.0.weight": 89.79258720436457,
-"trans.net.0.net.0.weight": 32.28829081154443, "trans.net.0.net.3.to_qkv.weight": 19.61147092288713,
-"trans.net.0.net.3.pos_emb.rel_height": 0.3965086830255227, "trans.net.0.net.3.pos_emb.rel_width":
-0.4105851406444063, "trans.net.4.net.3.to_qkv.weight": 8.7957357425576, "trans.net.4.net.7.weight":
-6.173027679287046, "fc1.0.weight": 18.025681786164558, "fc1.3.weight": 12.687825286018546,
-"fc1.4.weight": 3.285539918163374, "fc1.7.weight": 8.362929563996737, "fc2.0.weight":
-27.873190771930894, "fc2.7.weight": 7.801321425641719}, "grad_sum": {"conv1.weight":
--81.63807326702155, "bn1.weight": -0.7289532706544577, "layer1.0.conv1.weight": 18.50244134466952,
-"layer3.5.conv2.weight": 111.31359668906607, "layer4.0.downsample.0.weight": -19.114952848905947,
-"layer4.2.conv3.weight": -6.83193308066996, "trans.net.0.shortcut.0.weight": 140.4119709506457,
-"trans.net.0.net.0.weight": 25.628729415166923, "trans.net.0.net.3.to_qkv.weight":
-54.994536726506695, "trans.net.0.net.3.pos_emb.rel_height": -8.224757680475037e-16,
-"trans.net.0.net.3.pos_emb.rel_width": -1.3118846287074604e-15, "trans.net.4.net.3.to_qkv.weight":
--37.51760740494025, "trans.net.4.net.7.weight": 0.4769814126128997, "fc1.0.weight":
-70.23468082385693, "fc1.3.weight": -4.831195408415541, "fc1.4.weight": 3.2692406390330575,
-"fc1.7.weight": 47.0969284577525, "fc2.0.weight": -6.747017827125983, "fc2.7.weight":
-124.95633779287475}, "all_grad_norm": 218.19678945812936, "after_step": {"online": {"conv1.weight":
-12.259808553689377, "layer4.2.conv3.weight": 63.953727202856754, "trans.net.4.net.7.weight":
-64.09185700954461, "fc1.0.weight": 63.993682319462586, "fc2.3.weight": 16.00200309061499,
-"bn1.running_mean": 0.6497191639305808, "layer4.2.bn3.running_var": 45.56575513728046,
-"fc1.1.running_mean": 8.336375519718999}, "momentum": {"conv1.weight": 11.158810848576382,
-"layer4.2.conv3.weight": 63.368648336039406, "trans.net.4.net.7.weight": 63.36077189092994,
-"fc1.0.weight": 63.37542411662645, "fc2.3.weight": 15.838232763945767, "bn1.running_mean":
-0.5998932458566877, "layer4.2.bn3.running_var": 45.58297378138011, "fc1.1.running_mean":
-8.160419109781685}}}}
-""")

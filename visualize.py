@@ -23,7 +23,6 @@ T-stream: the softmax of CARE's Eq. (2) at a query, averaged over heads, times t
 import json
 import math
 import sys
-import textwrap
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -37,27 +36,17 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm import tqdm
 
-from care import ARCHS, CARE, STEMS, TAPS, InputError, check_state, load_checkpoint, pool
-from data import ImageFiles, imagenet_normalize, open_images, read_image
-from run import (as_bytes, check_ranges, fail, new_parser, open_encoder, read_lines, user_errors,
-                 write_whole)
+from care import ARCHS, CARE, STEMS, TAPS, InputError, pool
+from common.data import ImageFiles, open_images, read_image
+from common.draw import (LEFT, LEGEND, PANEL, PANEL_HEIGHT, RUN_COLOURS, draw_panel, draw_row,
+                         printable)
+from common.ranks import fail, user_errors
+from common.run import (as_bytes, count, fraction, natural, new_parser, read_lines,
+                        write_whole)
+from common.views import imagenet_normalize
+from common.weights import (check_state, checkpoint_file, load_checkpoint, open_encoder,
+                            sha256_of)
 
-# The attention figure, in pixels.
-CELL = 160  # longer side of an image
-GAP = 8  # between images
-BAR = 60  # width of a colour bar and its numbers
-LINE = 17  # height of a line of a title
-# (256, 3) uint8: black over red to yellow, ever lighter, so that it reads in gray too.
-AT = np.linspace(0, 4, 256)
-RED = np.interp(AT, range(5), (0, 87, 188, 249, 252))
-GREEN = np.interp(AT, range(5), (0, 16, 55, 142, 255))
-BLUE = np.interp(AT, range(5), (4, 110, 84, 9, 164))
-COLOURS = np.stack((RED, GREEN, BLUE), axis=1).astype(np.uint8)
-
-# The figure of curves, in pixels; drawn twice as large and halved, so that lines have no steps.
-PANEL, PANEL_HEIGHT = 960, 420
-LEFT, RIGHT, ABOVE, BELOW = 132, 68, 68, 60  # around the axes of a panel
-LEGEND = 40  # height of a run's line
 CURVES = {  # key in log.jsonl -> title of its panel
     "knn": "knn: top-1 accuracy of kNN on val, %",
     "loss": "loss: loss_c + loss_t + lambda loss_att",
@@ -68,22 +57,22 @@ CURVES = {  # key in log.jsonl -> title of its panel
     "std_t": "std_t: T-stream's spread, 0 is collapse",
     "lr": "lr: learning rate",
 }
-RUN_COLOURS = ((31, 105, 180), (230, 110, 0), (30, 140, 60), (190, 40, 50),
-               (120, 80, 170), (130, 90, 70), (215, 100, 180), (20, 160, 170))
 
 
 def parse_args(argv=None):
     """The command line as a namespace; a mistake in it is one line on stderr and exit code 2."""
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--pretrained", nargs="+", metavar="FILE|random", help="encoders, in any known layout")
+    add("--pretrained", nargs="+", type=checkpoint_file, metavar="FILE|random",
+        help="encoders, in any known layout")
     add("--arch", choices=ARCHS, help="read off the file unless given (random: default resnet50)")
     add("--stem", choices=STEMS, help="read off the file unless given (random: imagenet)")
-    add("--seed", type=int, default=0, help="initial weights of random (default 0)")
+    add("--seed", type=natural, default=0, help="initial weights of random (default 0)")
     add("--images", nargs="+", default=["shapes"], metavar="DIR|FILE|shapes|clutter",
         help="photos, or the val images of a rendered set (default shapes)")
-    add("--limit", type=int, metavar="N", help="draw the first N (default 16; 5 of a rendered set)")
-    add("--image-size", type=int, default=224, metavar="PX",
+    add("--limit", type=count, metavar="N",
+        help="draw the first N (default 16; 5 of a rendered set)")
+    add("--image-size", type=count, default=224, metavar="PX",
         help="side of the square to which photos are squeezed for the encoder, and at which "
              "images are rendered (default 224)")
     add("--layer", choices=TAPS, default="conv5", help="feature map A (default conv5)")
@@ -91,17 +80,17 @@ def parse_args(argv=None):
         help="score s (default similarity)")
     add("--classifier", nargs="+", default=[], metavar="FILE",
         help="classifier.pth of linear_eval.py, one per encoder")
-    add("--class", "--label", dest="label", type=int, metavar="N", help="default: the predicted")
+    add("--class", "--label", dest="label", type=natural, metavar="N",
+        help="default: the predicted")
     add("--t-stream", action="store_true", help="add each block's attention (needs last.pth)")
-    add("--query", type=float, nargs=2, default=(0.5, 0.5), metavar=("Y", "X"),
+    add("--query", type=fraction, nargs=2, default=(0.5, 0.5), metavar=("Y", "X"),
         help="whose attention is drawn, as parts of height and width (default the centre)")
-    add("--samples", type=int, default=500, metavar="N",
+    add("--samples", type=natural, default=500, metavar="N",
         help="images of a rendered set that are scored; 0: none (default 500)")
     add("--curves", nargs="+", metavar="RUN", help="instead: draw log.jsonl of run directories")
     add("--out", metavar="PNG",
         help="default attention.png or curves.png; scores go beside it, as .jsonl")
     args = parser.parse_args(argv)
-    check_ranges(args)
     args.out = Path(args.out or ("curves.png" if args.curves else "attention.png"))
     args.rendered = args.images[0] if args.images in (["shapes"], ["clutter"]) else None
     args.limit = args.limit or (5 if args.rendered else 16)
@@ -119,7 +108,10 @@ def parse_args(argv=None):
 def load(args, path, classifier):
     """An encoder with path, title, sha256, and if asked for head, classes, model, model_size."""
     one = SimpleNamespace(path=path, title=title_of(path), head=None, model=None)
-    one.encoder, one.sha256 = open_encoder(path, args.arch, args.stem, args.seed)
+    one.encoder = open_encoder(path, args.arch, args.stem, args.seed)
+    if one.encoder.left_out:
+        print(f"note: {path}: left out {', '.join(one.encoder.left_out)}", file=sys.stderr)
+    one.sha256 = sha256_of(one.encoder)
     if args.image_size % one.encoder.stride:
         raise InputError(f"--image-size: {path} needs a multiple of {one.encoder.stride}")
     if classifier:
@@ -138,11 +130,6 @@ def title_of(path):
     """The run's name for its encoder.pth or last.pth, else the file's, without its ending."""
     name = Path(path).parent.name if Path(path).stem in ("encoder", "last") else ""
     return printable(name or Path(path).stem)
-
-
-def printable(name):
-    """A file's name, whatever bytes it has, as text that can be drawn on one line."""
-    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def load_classifier(path, one):
@@ -300,70 +287,7 @@ def score(args, source, encoders):
     return results
 
 
-# ------------------------------------------------------------------------------ drawing: attention
-def overlay(image, heat, top):
-    """A map (H, W), bilinearly over all of an RGB image, coloured from 0 to `top` -> RGB image."""
-    heat = F.interpolate(heat[None, None], image.size[::-1], mode="bilinear")[0, 0].cpu()
-    level = (255 * heat / max(top, 1e-12)).round().clamp(0, 255).long()  # (height, width)
-    gray = image.convert("L").convert("RGB")
-    return Image.blend(gray, Image.fromarray(COLOURS[level.numpy()]), 0.6)
-
-
-def wrap(text, font, width):
-    """Text as lines of at most `width` pixels."""
-    lines, letters = [text], len(text)
-    while max(map(font.getlength, lines), default=0) > width:
-        letters -= 1
-        lines = textwrap.wrap(text, letters)
-    return lines
-
-
-def titled(title, picture):
-    """A picture below its title, as wide as a cell and the gap after it."""
-    font = ImageFont.load_default(size=14)
-    lines = wrap(title, font, CELL)
-    top = LINE * len(lines) + 8
-    panel = Image.new("RGB", (CELL + GAP, top + max(picture.height, 40) + GAP), "white")
-    ImageDraw.Draw(panel).text((0, 3), "\n".join(lines), "black", font, spacing=3)
-    panel.paste(picture, (0, top))
-    return panel
-
-
-def colour_bar(highest, height):
-    """The colours from `highest`, on top, to 0, with these two numbers beside."""
-    font = ImageFont.load_default(size=14)
-    bar = Image.new("RGB", (BAR, height + GAP), "white")
-    bar.paste(Image.fromarray(COLOURS[::-1, None]).resize((12, height)), (0, 0))
-    draw = ImageDraw.Draw(bar)
-    draw.text((16, 0), f"{highest:.3g}", "black", font)
-    draw.text((16, height), "0", "black", font, anchor="ls")
-    return bar
-
-
-def draw_row(title, image, groups, query=None):
-    """An image, `query` (y, x) marked in it, then groups of (title, map (H, W)) with a bar each."""
-    scale = CELL / max(image.size)
-    width, height = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    image = image.resize((width, height), Image.BICUBIC)
-    marked = image.copy()
-    if query:
-        centre = (query[1] * (width - 1), query[0] * (height - 1))
-        ImageDraw.Draw(marked).circle(centre, 5, fill="red", outline="white", width=2)
-    panels = [titled(title, marked)]
-    for group in groups:
-        highest = max(float(heat.max()) for _, heat in group)
-        for map_title, heat in group:
-            panels.append(titled(map_title, overlay(image, heat, highest)))
-        panels.append(colour_bar(highest, max(height, 40)))
-
-    bottom, x = max(panel.height for panel in panels), GAP
-    row = Image.new("RGB", (GAP + sum(panel.width for panel in panels), bottom), "white")
-    for panel in panels:
-        row.paste(panel, (x, bottom - panel.height))
-        x += panel.width
-    return row
-
-
+# ---------------------------------------------------------------------------------------- drawing
 def draw_attention(args, source, encoders):
     """A row per image: itself, each encoder's Grad-CAM, with --t-stream each block's attention."""
     rows = []
@@ -381,72 +305,6 @@ def draw_attention(args, source, encoders):
         groups = [maps, blocks] if blocks else [maps]
         rows.append(draw_row(title, image, groups, args.query if blocks else None))
     return Image.fromarray(np.concatenate([np.asarray(row) for row in rows]))
-
-
-# --------------------------------------------------------------------------------- drawing: curves
-def ticks(low, high, most):
-    """Numbers 1, 2 or 5 times a power of ten apart over low to high, with `most` gaps or fewer."""
-    if high <= low:
-        high = low + (abs(low) / 10 or 1.0)
-    least = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(least))
-    distance = min(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
-    first, last = math.floor(low / distance + 1e-9), math.ceil(high / distance - 1e-9)
-    return [number * distance for number in range(first, last + 1)]
-
-
-def running_mean(values):
-    """Each value's mean with its neighbours, 5 % of all to either side; fewer at the ends."""
-    reach = len(values) // 20
-    means = []
-    for i in range(len(values)):
-        before = min(reach, i)  # as many as after it: the steep start of a curve stays in place
-        means.append(float(np.mean(values[i - before:i + before + 1])))
-    return means
-
-
-def draw_panel(draw, corner, name, curves, last_step):
-    """Axes and the runs' curves of one key, in the panel whose upper left corner is (x, y)."""
-    font = ImageFont.load_default(size=26)
-    values = [value for curve in curves for _, value in curve]
-    if name.startswith(("std", "lr")):
-        values.append(0.0)  # the axis begins at 0
-    levels = ticks(min(values), max(values), 4)
-    left, right = corner[0] + LEFT, corner[0] + PANEL - RIGHT
-    top, bottom = corner[1] + ABOVE, corner[1] + PANEL_HEIGHT - BELOW
-
-    def place(step, value):
-        x = left + step / last_step * (right - left)
-        return x, bottom - (value - levels[0]) / (levels[-1] - levels[0]) * (bottom - top)
-
-    draw.text((left, top - 16), CURVES[name], "black", font, anchor="ls")
-    for level in levels:
-        _, y = place(0, level)
-        draw.line((left, y, right, y), "lightgray", 2)
-        draw.text((left - 12, y), f"{level:,.6g}", "black", font, anchor="rm")
-    for step in ticks(0, max(last_step, 8), 8):  # whole, since at most 8 in 8 steps or more
-        x, _ = place(step, levels[0])
-        if step <= last_step:
-            text = f"{step:,.0f}" if step else "step 0"
-            draw.line((x, bottom, x, bottom + 8), "black", 2)
-            draw.text((x, bottom + 12), text, "black", font, anchor="ma")
-    draw.line((left, top, left, bottom, right, bottom), "black", 2)
-
-    lines = []
-    for number, curve in enumerate(curves):
-        colour = RUN_COLOURS[number % len(RUN_COLOURS)]
-        points = [place(step, value) for step, value in curve]
-        if name.startswith(("loss", "std")) and len(curve) >= 20:
-            faint = tuple(255 - (255 - channel) * 3 // 10 for channel in colour)
-            draw.line(points, faint, 2)
-            means = running_mean([y for _, y in points])
-            points = [(x, mean) for (x, _), mean in zip(points, means)]
-        lines.append((colour, points))
-    for colour, points in lines:  # over every run's faint line
-        draw.line(points, colour, 4, joint="curve")
-        if len(points) < 20:
-            for point in points:
-                draw.circle(point, 6, colour)
 
 
 def draw_curves(runs):
@@ -467,7 +325,8 @@ def draw_curves(runs):
     for number, name in enumerate(names):
         row, column = divmod(number, 2)
         corner = column * PANEL, panels_top + row * PANEL_HEIGHT
-        draw_panel(draw, corner, name, [log[name] for log in logs], max(1, *ends))
+        curves = [log[name] for log in logs]
+        draw_panel(draw, corner, name, CURVES[name], curves, max(1, *ends))
     return figure.reduce(2)
 
 

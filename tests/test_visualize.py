@@ -1,4 +1,4 @@
-"""Tests of visualize.py: maps and measures against known answers, figures, curves, bad input."""
+"""visualize.py: maps and measures against known answers, figures, curves, bad input."""
 import ast
 import json
 import math
@@ -8,19 +8,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
 
-import data
 import visualize
-from care import CARE, Encoder, save_encoder
-from run import open_encoder
-from visualize import BAR, CELL, COLOURS, GAP, LINE, RUN_COLOURS
+from care import CARE, Encoder
+from common import data
+from common import draw as drawing
+from common.draw import (ABOVE, BAR, BELOW, CELL, GAP, LEFT, LINE, PANEL, PANEL_HEIGHT, RIGHT,
+                         RUN_COLOURS)
+from common.weights import open_encoder, sha256_of
+from conftest import check_legible
 
 TOP = LINE + 8  # pixels above an image whose title has one line
 
 
-# ---------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------ helpers
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A small run's folder: encoder.pth, last.pth, log.jsonl, and a classifier.pth."""
@@ -30,11 +33,11 @@ def trained(tmp_path_factory):
     settings = {"arch": "thin", "image_size": [64, 96], "method": "care", "blocks": 2,
                 "hidden_dim": 16, "out_dim": 8}
     model = CARE(**settings)
-    save_encoder(model.online.encoder, out / "encoder.pth")
+    torch.save(model.online.encoder.state_dict(), out / "encoder.pth")
     torch.save({"model": model.state_dict(), "model_args": settings, "step": 1}, out / "last.pth")
     head = nn.Sequential(nn.Linear(model.online.encoder.dim5, 4), nn.BatchNorm1d(4))
     head[1].running_mean.normal_()
-    _, sha256 = open_encoder(out / "encoder.pth", None, None, seed=0)
+    sha256 = sha256_of(open_encoder(out / "encoder.pth", None, None, seed=0))
     saved = {"head": "linear-bn", "classes": list("abcd"), "sha256": sha256}
     torch.save({**saved, "state": head.state_dict()}, out / "classifier.pth")
     write_log(out, [{"step": 0, "knn": 60.0}, *training_lines(4), {"step": 40, "knn": 70.0}])
@@ -84,33 +87,7 @@ def pictures(count=2, size=64):
     return torch.randn(count, 3, size, size, dtype=torch.float64, generator=generator)
 
 
-@pytest.fixture
-def texts(monkeypatch):
-    """Every text drawn: (id and size of its image, its box in pixels, itself)."""
-    drawn = []
-    write = ImageDraw.ImageDraw.text
-
-    def text(self, xy, text, fill=None, font=None, anchor=None, spacing=4):
-        box = self.textbbox(xy, text, font, anchor=anchor, spacing=spacing)
-        drawn.append((self.im, self.im.size, box, text))
-        write(self, xy, text, fill, font, anchor, spacing)
-
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
-    return drawn
-
-
-def check_legible(texts):
-    """Every text lies within its image, and none on another."""
-    for number, (image, (width, height), box, text) in enumerate(texts):
-        left, top, right, bottom = box
-        assert left >= 0 and top >= 0 and right <= width and bottom <= height, (text, box)
-        for other_image, _, other, other_text in texts[:number]:
-            apart = (right <= other[0] or other[2] <= left
-                     or bottom <= other[1] or other[3] <= top)
-            assert other_image is not image or apart, (text, other_text)
-
-
-# --------------------------------------------------------------------------------- maps, measures
+# ----------------------------------------------------------------------------------- maps, measures
 @pytest.mark.parametrize("layer", ["conv4", "conv5"])
 def test_similarity_map_is_direct_grad_cam(layer):
     encoder, x = small_encoder(), pictures()
@@ -243,49 +220,7 @@ def test_scores_average_over_a_rendered_sets_validation_images(name, monkeypatch
     assert protocol.items() <= perfect.items()
 
 
-# -------------------------------------------------------------------------------- attention figure
-def test_colours_keep_their_order_in_gray():
-    gray = COLOURS @ np.array([0.299, 0.587, 0.114])
-    assert COLOURS.shape == (256, 3) and (np.diff(gray) > 0).all()
-    assert gray[0] < 5 and gray[-1] > 235
-
-
-def test_maps_of_a_row_share_one_scale():
-    image = Image.new("RGB", (50, 40), "black")
-    maps = [torch.full((2, 2), value) for value in (1.0, 2.0, 4.0)]
-    group = [(str(number), heat) for number, heat in enumerate(maps)]
-    row = visualize.draw_row("title", image, [group, [("attention", maps[0])]])
-    assert row.size == (GAP + 5 * (CELL + GAP) + 2 * BAR, TOP + round(CELL * 40 / 50) + GAP)
-    lefts = [GAP + (CELL + GAP) * (1 + i) for i in range(3)] + [GAP + 4 * (CELL + GAP) + BAR]
-    found = [np.array(row.getpixel((left + CELL // 2, TOP + 60))) for left in lefts]
-    # of a quarter, a half, all; a group has a scale of its own
-    for colour, level in zip(found, (64, 128, 255, 255)):
-        assert np.abs(colour - 0.6 * COLOURS[level]).max() <= 1
-
-
-def test_overlay_lies_bilinearly_over_the_whole_image():
-    heat = torch.zeros(2, 2)
-    heat[0, 1] = 1.0
-    drawn = np.asarray(visualize.overlay(Image.new("RGB", (120, 60), "black"), heat, 1.0)).sum(2)
-    assert drawn.shape == (60, 120)
-    assert drawn[0, -1] == drawn.max() and drawn[-1, 0] == drawn.min()
-    middle = drawn[0, 30:90].astype(int)
-    assert (np.diff(middle) >= 0).all() and len(set(middle)) > 20  # a ramp, not a step
-    white = visualize.overlay(Image.new("RGB", (120, 60), "white"), torch.zeros(2, 2), 0.0)
-    # zeros: the darkest colour, no division by 0
-    assert white.getpixel((5, 5)) == pytest.approx((102, 102, 104), abs=1)
-
-
-def test_titles_are_wrapped_never_cut_nor_over_others(texts):
-    image, heat = Image.new("RGB", (50, 40)), torch.ones(2, 2)
-    long = "a_run_whose_name_goes_on_for_longer_than_any_picture_is_wide: golden retriever"
-    visualize.draw_row("a photo.jpg", image, [[(long, heat), ("W" * 40, heat)], [("", heat)]])
-    found = [text.replace("\n", "").replace(" ", "") for _, _, _, text in texts]
-    assert long.replace(" ", "") in found and "W" * 40 in found
-    assert all(right <= CELL for _, _, (_, _, right, _), _ in texts)
-    check_legible(texts)
-
-
+# --------------------------------------------------------------------------------- attention figure
 def test_photos_are_drawn_as_viewers_show_them(tmp_path):
     """Turned as EXIF asks, 16 bits scaled, on white where transparent; any size."""
     rgb = np.zeros((60, 90, 3), np.uint8)
@@ -345,7 +280,7 @@ def test_names_of_any_bytes_are_drawn(tmp_path):
     args = arguments("--pretrained", "random", "--images", photo)
     (title, image), = visualize.find_images(args, None)
     assert title == "caf??au?lait"
-    visualize.draw_row(title, image, [[(title, torch.ones(2, 2))]])
+    drawing.draw_row(title, image, [[(title, torch.ones(2, 2))]])
 
 
 def test_attention_figure_and_scores(trained, tmp_path, capsys, texts):
@@ -403,34 +338,11 @@ def test_class_and_t_stream_figures(trained, tmp_path, texts):
     assert not (tmp_path / "a.jsonl").exists()
 
 
-# ----------------------------------------------------------------------------------------- curves
-@pytest.mark.parametrize("low, high, most, found", [
-    (0, 1550, 8, list(range(0, 1601, 200))), (0, 125100, 8, list(range(0, 140001, 20000))),
-    (0, 8, 8, list(range(9))), (0, 13, 8, [0, 2, 4, 6, 8, 10, 12, 14]),
-    (2.13, 6.98, 4, [2, 4, 6, 8]), (0.0218, 0.0288, 4, [0.02, 0.022, 0.024, 0.026, 0.028, 0.03]),
-    (0, 1, 4, [0, 0.5, 1]), (63.6, 63.6, 4, [62, 64, 66, 68, 70]), (0, 0, 4, [0, 0.5, 1]),
-])
-def test_ticks_are_round_and_cover_the_values(low, high, most, found):
-    assert visualize.ticks(low, high, most) == pytest.approx(found, abs=1e-12)
-
-
-def test_running_mean_takes_away_noise_but_neither_shifts_nor_delays():
-    rng = np.random.RandomState(0)
-    noise = rng.normal(size=1000)
-    smooth = np.array(visualize.running_mean(noise.tolist()))
-    inside = slice(50, 950)
-    assert smooth[inside].std() < 2 * noise.std() / 101 ** 0.5 and len(smooth) == 1000
-    for i in (50, 500, 949):
-        assert smooth[i] == pytest.approx(noise[i - 50:i + 51].mean())
-    line = [2.0 * i for i in range(1000)]
-    assert visualize.running_mean(line)[:950] == pytest.approx(line[:950])
-    assert visualize.running_mean([1.0, 5.0, 2.0]) == [1.0, 5.0, 2.0]
-
-
+# ------------------------------------------------------------------------------------------- curves
 def colours_in(figure, panel, run):
     """How many pixels of a panel have exactly the colour of a run, and the faint one."""
-    legend = figure.height - visualize.PANEL_HEIGHT // 2 * math.ceil(panel[1] / 2)
-    width, height = visualize.PANEL // 2, visualize.PANEL_HEIGHT // 2
+    legend = figure.height - PANEL_HEIGHT // 2 * math.ceil(panel[1] / 2)
+    width, height = PANEL // 2, PANEL_HEIGHT // 2
     left, top = panel[0] % 2 * width, legend + panel[0] // 2 * height
     pixels = np.asarray(figure)[top:top + height, left:left + width]
     colour = np.array(RUN_COLOURS[run])
@@ -443,7 +355,7 @@ def test_curves_of_two_runs(trained, tmp_path, texts):
     write_log(tmp_path / "byol", [{"step": 20, "lr": 0.1, "loss": 4.0, "loss_c": 4.0,
                                    "std_c": math.nan}])
     figure = draw("--curves", trained, tmp_path / "byol", "--out", tmp_path / "c.png")
-    assert figure.size == (visualize.PANEL, 12 + 2 * 20 + 4 * visualize.PANEL_HEIGHT // 2)
+    assert figure.size == (PANEL, 12 + 2 * 20 + 4 * PANEL_HEIGHT // 2)
     for panel, name in enumerate(visualize.CURVES):
         assert colours_in(figure, (panel, 8), 0)[0] > 20
         assert (colours_in(figure, (panel, 8), 1)[0] > 0) == (name in ("loss", "loss_c", "lr"))
@@ -460,9 +372,9 @@ def test_points_of_curves_lie_where_axes_say(tmp_path):
     """Step 10 of 40 at loss 8, the top of the axis, step 40 at loss 2."""
     write_log(tmp_path / "run", [{"step": 10, "loss": 8.0}, {"step": 40, "loss": 2.0}])
     figure = draw("--curves", tmp_path / "run", "--out", tmp_path / "c.png")
-    left, right = visualize.LEFT / 2, (visualize.PANEL - visualize.RIGHT) / 2
-    top = 12 + 20 + visualize.ABOVE / 2
-    bottom = 12 + 20 + (visualize.PANEL_HEIGHT - visualize.BELOW) / 2
+    left, right = LEFT / 2, (PANEL - RIGHT) / 2
+    top = 12 + 20 + ABOVE / 2
+    bottom = 12 + 20 + (PANEL_HEIGHT - BELOW) / 2
     assert figure.getpixel((left + (right - left) * 10 / 40, top)) == RUN_COLOURS[0]
     assert figure.getpixel((right, bottom)) == RUN_COLOURS[0]  # the axis goes from 2 to 8
     assert figure.getpixel((left + (right - left) * 25 / 40, (top + bottom) / 2)) == RUN_COLOURS[0]
@@ -500,20 +412,21 @@ def test_knn_alone_is_a_log(tmp_path):
     curves = visualize.read_log(tmp_path / "run")
     assert curves.pop("knn") == [(0, 63.6)] and not any(curves.values())
     figure = draw("--curves", tmp_path / "run", "--out", tmp_path / "c.png")
-    assert figure.height == 12 + 20 + visualize.PANEL_HEIGHT // 2
+    assert figure.height == 12 + 20 + PANEL_HEIGHT // 2
     assert colours_in(figure, (0, 1), 0)[0] > 10
 
 
-# ------------------------------------------------------------------------------- errors, structure
+# -------------------------------------------------------------------------------- errors, structure
 @pytest.mark.parametrize("flags, match", [
     ("", "either --pretrained"), ("--pretrained random --curves runs", "either --pretrained"),
     ("--pretrained random --image-size 50", "multiple of 32"),
-    ("--pretrained random --image-size 0", "--image-size 0"),
-    ("--pretrained random --query 0.5 2", "--query 2"),
-    ("--pretrained random --query nan 0", "--query nan"),
-    ("--pretrained random --samples -1", "--samples -1"),
+    ("--pretrained random --image-size 0", "--image-size: 0: must be"),
+    ("--pretrained random --query 0.5 2", "--query: 2: must be"),
+    ("--pretrained random --query nan 0", "--query: nan: must be"),
+    ("--pretrained random --samples -1", "--samples: -1: must be"),
     ("--pretrained random --samples 1001", "there are 1000"),
-    ("--pretrained random --limit 0", "--limit 0"), ("--pretrained random --seed -1", "--seed -1"),
+    ("--pretrained random --limit 0", "--limit: 0: must be"),
+    ("--pretrained random --seed -1", "--seed: -1: must be"),
     ("--pretrained random --out a.jpg", ".png"),
     ("--pretrained random --out {run}/log.png", "a run's log"),
     ("--pretrained random --out {run}/encoder.pth/a.png", "encoder.pth"),
@@ -530,7 +443,7 @@ def test_knn_alone_is_a_log(tmp_path):
     ("--pretrained {run}/encoder.pth --target class --classifier {run}/classifier.pth --class 4",
      "0 to 3"),
     ("--pretrained {run}/encoder.pth --target class --classifier {run}/classifier.pth --class -1",
-     "--label -1"),
+     "--class/--label: -1: must be"),
     ("--pretrained {run}/encoder.pth {run}/encoder.pth --target class --classifier "
      "{run}/classifier.pth", "one --cl"),
     ("--pretrained random --images {run}/no.png", "no.png"),
@@ -562,12 +475,15 @@ def test_byol_has_no_t_stream(tmp_path, capsys):
     assert "has no transformer" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["overlay", "draw_row", "draw_panel", "measure"])
-def test_a_slip_in_drawing_is_a_traceback(name, trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("module, name", [
+    (drawing, "overlay"), (visualize, "draw_row"), (visualize, "draw_panel"),
+    (visualize, "measure"),
+])
+def test_a_slip_in_drawing_is_a_traceback(module, name, trained, tmp_path, monkeypatch):
     def slip(*args, **kwargs):
         np.zeros(2) + np.zeros(3)
 
-    monkeypatch.setattr(visualize, name, slip)
+    monkeypatch.setattr(module, name, slip)
     flags = ["--curves", trained] if name == "draw_panel" else [
         "--pretrained", "random", "--arch", "thin", "--image-size", 32, "--samples", 1]
     with pytest.raises(ValueError, match="broadcast"):
@@ -582,5 +498,7 @@ def test_visualize_imports_nothing_above_it():
             imported |= {name.name for name in node.names}
         if isinstance(node, ast.ImportFrom):
             imported.add(node.module)
-    house = {path.stem for path in Path(visualize.__file__).parent.glob("*.py")}
-    assert imported & house == {"care", "data", "run"}
+    scripts = {path.stem for path in Path(visualize.__file__).parent.glob("*.py")}
+    assert imported & scripts == {"care"}
+    assert {name for name in imported if name.startswith("common")} == {
+        f"common.{name}" for name in ("data", "draw", "ranks", "run", "views", "weights")}

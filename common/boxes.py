@@ -21,8 +21,8 @@ from torchvision.datasets import VOCDetection
 from torchvision.ops import clip_boxes_to_image
 
 from care import InputError
-from data import Failed, open_images, read_image
-from shapes import Shapes, render_scene
+from common.data import Failed, open_images, read_image
+from common.shapes import Shapes, render_scene
 
 VOC_PARTS = {"train": (("2007", "trainval"), ("2012", "trainval")), "val": (("2007", "test"),)}
 VOC_CLASSES = [

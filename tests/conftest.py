@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -19,13 +20,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import nn
-from torchvision.models.resnet import BasicBlock, ResNet
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageDraw
+from torchvision import transforms
 
-import care
+import common.run as run_module
+import test_care  # noqa: F401  --arch thin, in this process and those of `start`
+from care import Encoder
+from common import data
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent  # where the scripts are
 CPU = torch.device("cpu")
 slow, gpu = pytest.mark.slow, pytest.mark.gpu
 
@@ -81,18 +86,6 @@ def one_thread():
 
 
 # --------------------------------------------------------------------------------------- small runs
-class Thin(ResNet):  # with fewer than 16 channels oneDNN (torch 2.14) corrupts memory
-    """A ResNet with half of a resnet18's blocks and a quarter of its width, for quick steps."""
-
-    def __init__(self, weights=None):
-        super().__init__(BasicBlock, [1, 1, 1, 1])
-        self.fc = nn.Linear(128, 1000)
-
-    def _make_layer(self, block, planes, *rest, **named):
-        return super()._make_layer(block, planes // 4, *rest, **named)
-
-
-care.ARCHS["thin"] = Thin  # --arch thin, in this process and those of `start`
 SMALL = ["--data", "shapes:32", "--arch", "thin", "--image-size", "32", "--blocks", "1",
          "--hidden-dim", "64", "--batch-size", "8", "--base-lr", "0.05", "--epochs", "2",
          "--tau-base", "0.99", "--crop-min", "0.2", "--knn-every", "0", "--workers", "0",
@@ -135,10 +128,21 @@ def refused(capsys, *flags, code=2, match="", script=None):
     """Assert that the script ends with this exit code and one line on stderr -> the line."""
     with pytest.raises(SystemExit) as caught:
         (script or importlib.import_module("train")).main([*map(str, flags)])
-    assert caught.value.code == code
-    line = capsys.readouterr().err.strip()
+    found, line = caught.value.code, capsys.readouterr().err.strip()
+    if isinstance(found, str):  # Python prints it on stderr and exits with 1
+        found, line = 1, f"{line}{found}"
+    assert found == code
     assert "\n" not in line and line.startswith("error: ") and re.search(match, line), line
     return line
+
+
+def bare_run(args, rank=0, world=1, signals=()):
+    """A Run on the CPU that has joined no ranks and opened no directory."""
+    run = object.__new__(importlib.import_module("common.run").Run)
+    run.args, run.rank, run.world, run.device = args, rank, world, CPU
+    run.signals, run.autocast = list(signals), contextlib.nullcontext()
+    run.scaler, run.out = torch.amp.GradScaler("cpu", enabled=False), None
+    return run
 
 
 def photo(seed, height=80, width=100):
@@ -174,7 +178,7 @@ class Code:
 
 # --------------------------------------------------------------------------- processes of their own
 # Forked from a server that has imported torch once: a start takes a tenth of a second, not three.
-os.environ["PYTHONPATH"] = str(HERE)
+os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{HERE}"
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["conftest", "train"])
 STARTED = []
@@ -216,7 +220,7 @@ def start(world, script, *flags, output, folders=None, before=None):
         if world > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        folder = folders[rank] if folders else HERE
+        folder = folders[rank] if folders else ROOT
         args = (script, [*map(str, flags)], output, folder, environment, before)
         process = FORKS.Process(target=in_process, args=args)
         process.start()
@@ -257,6 +261,158 @@ def memory(kind, pid="self"):
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(kind):
             return int(line.split()[1]) / 1024
+
+
+# --------------------------------------------------------------- evaluations of a classifier, small
+RANDOM = ["--pretrained", "random", "--arch", "thin"]
+
+
+@pytest.fixture
+def few_validation_images(monkeypatch):
+    """100 of them, not 1,000, of the embedded sets -> open_images as it is without this."""
+    plain = data.open_images
+
+    def open_fewer(name, split, *where, **named):
+        source = plain(name, split, *where, **named)
+        if split == "val" and hasattr(source, "renderer"):
+            source.targets = source.targets[:100]
+        return source
+
+    monkeypatch.setattr(data, "open_images", open_fewer)
+    return plain
+
+
+def final_line(capsys, script, *flags):
+    """Run an evaluation script in this process -> its last line on stdout, as a dict."""
+    script.main([*map(str, flags)])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def stopped(capsys, script, *flags):
+    """Run a script that stops before its end -> its last line on stdout."""
+    with pytest.raises(SystemExit) as caught:
+        script.main([*map(str, flags)])
+    assert caught.value.code == 0
+    return capsys.readouterr().out.splitlines()[-1]
+
+
+@contextlib.contextmanager
+def signal_after_step(number):
+    """Inside, a run is asked to stop when it has made this step."""
+    received, after = [], run_module.Run.after
+
+    def after_and_signal(run, done, *rest, **named):
+        after(run, done, *rest, **named)
+        if done == number:
+            received.append(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "catch_signals", lambda: received)
+        patch.setattr(run_module.Run, "after", after_and_signal)
+        yield
+
+
+class Recorder(torch.optim.SGD):
+    """SGD that remembers how it was built and the rates of every step."""
+
+    made = []
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.rates = []
+        self.initial = [[parameter.detach().clone() for parameter in group["params"]]
+                        for group in self.param_groups]
+        Recorder.made.append(self)
+
+    def step(self, *rest, **named):
+        self.rates.append([group["lr"] for group in self.param_groups])
+        return super().step(*rest, **named)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What a script really does: its optimisers, the batches in, the crops, flips."""
+    seen = SimpleNamespace(optimizers=[], batches=[], crops=[], flips=0)
+    crop, flip = transforms.RandomResizedCrop.get_params, TF.hflip
+
+    def watch_crop(image, scale, ratio):
+        seen.crops.append((tuple(scale), tuple(ratio)))
+        return crop(image, scale, ratio)
+
+    def watch_flip(image):
+        seen.flips += 1
+        return flip(image)
+
+    monkeypatch.setattr(Recorder, "made", seen.optimizers)
+    monkeypatch.setattr(torch.optim, "SGD", Recorder)
+    monkeypatch.setattr(transforms.RandomResizedCrop, "get_params", staticmethod(watch_crop))
+    monkeypatch.setattr(TF, "hflip", watch_flip)
+    for model in (importlib.import_module("linear_eval").Probe,
+                  importlib.import_module("semi_eval").FineTune):
+        def forward(self, x, plain=model.forward):
+            if self.training:
+                seen.batches.append((tuple(x.shape), x.mean((0, 2, 3)), self.encoder.training))
+            return plain(self, x)
+        monkeypatch.setattr(model, "forward", forward)
+    return seen
+
+
+SGD = {"momentum": 0.9, "weight_decay": 0, "dampening": 0, "maximize": False}  # both protocols
+
+
+def cosine(base, steps):
+    return [base * 0.5 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
+
+
+def check_head(parameters, kind):
+    """Weights N(0, 0.01), bias 0; the release's batch norm behind it starts as 1 and 0."""
+    weight, bias, *norm = parameters
+    assert weight.shape == (10, Encoder("thin").dim5) and bias.eq(0).all()
+    assert weight.std().item() == pytest.approx(0.01, rel=0.1) and abs(weight.mean()) < 0.001
+    if kind == "linear-bn":
+        scale, shift = norm
+        assert scale.eq(1).all() and shift.eq(0).all()
+    else:
+        assert not norm
+
+
+def check_views(seen, batch_size, steps):
+    """Random crops of 8 % to all of the area, flipped half the time; ImageNet's normalisation."""
+    assert set(seen.crops) == {((0.08, 1.0), (3 / 4, 4 / 3))}
+    assert len(seen.crops) == batch_size * steps
+    assert seen.flips / len(seen.crops) == pytest.approx(0.5, abs=0.1)
+    shapes = {shape for shape, _, _ in seen.batches}
+    assert shapes == {(batch_size, 3, 32, 32)} and len(seen.batches) == steps
+    mean = torch.stack([mean for _, mean, _ in seen.batches]).mean(0)
+    gray = (0.5 - torch.tensor((0.485, 0.456, 0.406))) / torch.tensor((0.229, 0.224, 0.225))
+    torch.testing.assert_close(mean, gray, atol=0.1, rtol=0)
+
+
+# -------------------------------------------------------------------------------- texts of a figure
+@pytest.fixture
+def texts(monkeypatch):
+    """Every text drawn: (id and size of its image, its box in pixels, itself)."""
+    drawn = []
+    write = ImageDraw.ImageDraw.text
+
+    def text(self, xy, text, fill=None, font=None, anchor=None, spacing=4):
+        box = self.textbbox(xy, text, font, anchor=anchor, spacing=spacing)
+        drawn.append((self.im, self.im.size, box, text))
+        write(self, xy, text, fill, font, anchor, spacing)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    return drawn
+
+
+def check_legible(texts):
+    """Every text lies within its image, and none on another."""
+    for number, (image, (width, height), box, text) in enumerate(texts):
+        left, top, right, bottom = box
+        assert left >= 0 and top >= 0 and right <= width and bottom <= height, (text, box)
+        for other_image, _, other, other_text in texts[:number]:
+            apart = (right <= other[0] or other[2] <= left
+                     or bottom <= other[1] or other[3] <= top)
+            assert other_image is not image or apart, (text, other_text)
 
 
 # -------------------------------------------------------------------------------------- shared runs

@@ -1,143 +1,30 @@
-"""Tests of data.py and shapes.py: images, folders, recipes, failed loading, views, the stream."""
+"""common/data.py: recipes, image files, folders, labels, the sample stream and its failures."""
 import builtins
 import errno
-import math
 import os
 import re
 import struct
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch.utils.data import DataLoader, Subset
-from torchvision import transforms
 from torchvision.datasets.folder import default_loader
 
-import data
-import shapes
 from care import InputError
-from conftest import photo as coarse_photo
-from data import ImageFiles, UnreadableImage, open_images, read_image
+from common import data, shapes, views
+from common.data import ImageFiles, UnreadableImage, open_images, read_image
+from conftest import class_folders, images, photo
 
 
-def photo(seed=0, width=30, height=20):
-    """A smooth, colourful image: random coarse noise, enlarged."""
-    coarse = np.random.RandomState(seed).randint(0, 256, (4, 6, 3), np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
-
-
-def save_photos(folder, *names):
-    """One small file a name below `folder`, which is returned as a string."""
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        photo().save(path, "PNG")
-    return str(folder)
-
-
-def pixels(path, **flags):
-    image = read_image(path, **flags)
-    assert image.mode == "RGB"
-    return np.asarray(image)
-
-
-# ---------------------------------------------------------------------------------- embedded images
-CLUTTER_LEVELS = [  # green of the first images of clutter at 64 px, on a 3x3 grid of pixels
-    [167, 98, 92, 120, 98, 118, 121, 123, 120],
-    [133, 133, 134, 108, 122, 133, 121, 121, 101],
-    [114, 116, 119, 109, 115, 133, 113, 86, 61],
-    [153, 134, 139, 119, 123, 138, 140, 140, 95]]
-
-
-def test_clutter_is_a_function_of_split_and_index():
-    """To one gray level on every machine; no image of val is one of train."""
-    for index, levels in enumerate(CLUTTER_LEVELS):
-        image, label, box, mask = shapes.render_clutter("train", index, 64)
-        found = image[16::16, 16::16, 1].ravel().astype(int)
-        assert abs(found - levels).max() <= 1 and label == index % 10
-        assert image.dtype == np.uint8 and image.shape == (64, 64, 3)
-        assert np.array_equal(box, shapes.mask_box(mask))
-        assert not np.array_equal(image, shapes.render_clutter("val", index, 64)[0])
-
-
-def test_clutter_is_small_and_anywhere():
-    """Objects cover 5 to 20 % of an image; those of all images, all of it but the corners."""
-    masks = [shapes.render_clutter("val", index, 64)[3] for index in range(200)]
-    areas = np.array([mask.mean() for mask in masks])
-    assert areas.min() >= 0.05 and areas.max() <= 0.2
-    assert 0.1 < areas.mean() < 0.14  # chance of the pointing game
-    assert np.mean(masks, 0)[8:-8, 8:-8].min() > 0
-
-
-def test_clutter_shows_two_objects_of_a_class(monkeypatch):
-    """Apart from each other, so that the place of neither is the image's."""
-    painted, paint = [], shapes.paint
-
-    def watch(image, rng, label, centre, radius, level):
-        painted.append((label, *centre, radius))
-        return paint(image, rng, label, centre, radius, level=level)
-
-    monkeypatch.setattr(shapes, "paint", watch)
-    for index in range(100):
-        mask = shapes.render_clutter("train", index, 64)[3]
-        (label, y, x, radius), (other, v, u, size) = painted[-2:]
-        assert label == other == index % 10 and len(painted) == 2 * (index + 1)
-        assert math.hypot(y - v, x - u) > radius + size
-        seen = [mask[int(64 * row), int(64 * column)] for row, column in ((y, x), (v, u))]
-        assert all(seen) or label == shapes.SHAPES.index(shapes.ring)
-
-
-def test_clutters_ground_does_not_tell_the_class(monkeypatch):
-    """Whatever is painted, what lies behind it stays."""
-    image, _, _, mask = shapes.render_clutter("train", 3, 64)
-    order = shapes.SHAPES[1:] + shapes.SHAPES[:1]
-    monkeypatch.setattr(shapes, "SHAPES", order)
-    other, _, _, other_mask = shapes.render_clutter("train", 3, 64)
-    outside = ~shapes_near(mask | other_mask)
-    assert np.array_equal(image[outside], other[outside]) and not np.array_equal(mask, other_mask)
-    ground, _ = shapes.soft_ground(shapes.generator("train", 3), 64)
-    changed = np.abs(image - ground).max(2) > 8
-    assert 0.25 < changed[outside].mean() < 0.75  # the scraps
-
-
-def shapes_near(mask):
-    """A mask with one more pixel on each side, where outlines are soft."""
-    near = mask.copy()
-    for axis in (0, 1):
-        near |= np.roll(near, 1, axis) | np.roll(near, -1, axis)
-    return near
-
-
-def test_scenes_hide_what_is_behind():
-    """Labels 0 to 9; masks do not overlap, and each has its box."""
-    counts = []
-    for index in range(20):
-        image, boxes, labels, masks = shapes.render_scene("train", index, 96)
-        assert image.shape == (96, 96, 3) and image.dtype == np.uint8
-        assert np.sum(masks, 0).max() == 1
-        assert all(np.array_equal(box, shapes.mask_box(mask)) for box, mask in zip(boxes, masks))
-        counts += labels
-    assert min(counts) == 0 and max(counts) == 9
-
-
-def test_open_images_renders():
-    assert len(open_images("shapes:77", "train")) == 77
-    clutter = open_images("clutter", "pretrain", size=32)
-    assert len(clutter) == 4000 and len(open_images("clutter:50", "val")) == 1000
-    assert clutter[4][1] == 4 and clutter.classes == open_images("shapes", "train").classes
-    assert np.array_equal(clutter[4][0], shapes.render_clutter("train", 4, 32)[0])
-    assert not np.array_equal(clutter[4][0], open_images("shapes", "train", size=32)[4][0])
-    with pytest.raises(InputError, match="N of clutter:N is the number of training images"):
-        open_images("clutter:no", "train")
-
-
-# -------------------------------------------------------------------------------------- the recipes
+# ------------------------------------------------------------------------------------------ recipes
 def test_recipes():
     """A folder gets the paper's run; every recipe says all, and fits its encoder."""
     expected = {"arch": "resnet50", "stem": "imagenet", "image_size": 224, "batch_size": 1024,
@@ -152,12 +39,38 @@ def test_recipes():
         assert 0 < recipe["crop_min"] < 1 and 0.5 < recipe["tau_base"] < 1
 
 
-# -------------------------------------------------------------------------------------- one reader
+def test_open_images_renders():
+    assert len(open_images("shapes:77", "train")) == 77
+    clutter = open_images("clutter", "pretrain", size=32)
+    assert len(clutter) == 4000 and len(open_images("clutter:50", "val")) == 1000
+    assert clutter[4][1] == 4 and clutter.classes == open_images("shapes", "train").classes
+    assert np.array_equal(clutter[4][0], shapes.render_clutter("train", 4, 32)[0])
+    assert not np.array_equal(clutter[4][0], open_images("shapes", "train", size=32)[4][0])
+    with pytest.raises(InputError, match="N of clutter:N is the number of training images"):
+        open_images("clutter:no", "train")
+
+
+# -------------------------------------------------------------------------------------- image files
+def save_photos(folder, *names):
+    """One small file a name below `folder`, which is returned as a string."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo(0, 20, 30).save(path, "PNG")
+    return str(folder)
+
+
+def pixels(path, **flags):
+    image = read_image(path, **flags)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
 def test_images_of_8_bits_are_torchvisions_bit_for_bit(tmp_path):
     """So that runs on ImageNet are unchanged; a turn that EXIF notes is made only if asked for."""
     turned = Image.Exif()
     turned[0x0112] = 6  # turn by 90 degrees to look at it
-    image = photo()
+    image = photo(0, 20, 30)
     image.save(tmp_path / "turned.jpg", exif=turned)
     for mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB"):
         image.convert(mode if mode != "LAB" else "RGB").save(tmp_path / f"{mode}.tif")
@@ -307,11 +220,11 @@ def test_odd_but_whole_images_give_views(tmp_path):
     Image.new("P", (20, 30)).save(tmp_path / "palette.png")
     Image.new("I;16", (20, 30)).save(tmp_path / "deep.png")
     source = ImageFiles(tmp_path)
-    stream = data.Stream(source, data.TwoViews((32, 32)), 0, len(source))
+    stream = data.Stream(source, views.TwoViews((32, 32)), 0, len(source))
     for n in range(6):
         (crops, parameters), _, bad = stream[n]
         assert crops.shape == (2, 3, 32, 32) and bad == []
-        assert torch.isfinite(data.augment(crops, parameters)).all()
+        assert torch.isfinite(views.augment(crops, parameters)).all()
 
 
 def test_what_is_no_fault_of_the_file_is_not_an_unreadable_image(tmp_path, monkeypatch):
@@ -335,7 +248,7 @@ def raises(error):
     return function
 
 
-# ----------------------------------------------------------------------------------- network disks
+# ------------------------------------------------------------------------------------ network disks
 def outage(monkeypatch, number, failures):
     """From now on, opening fails `failures` times with an errno. -> list of the pauses made."""
     pauses = []
@@ -356,7 +269,7 @@ def outage(monkeypatch, number, failures):
 def test_a_short_outage_is_waited_for(number, tmp_path, monkeypatch, capsys):
     save_photos(tmp_path, "a.png")
     pauses = outage(monkeypatch, number, failures=3)
-    assert np.array_equal(pixels(tmp_path / "a.png"), np.asarray(photo()))
+    assert np.array_equal(pixels(tmp_path / "a.png"), np.asarray(photo(0, 20, 30)))
     assert pauses == [1, 2, 4]
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 3 and os.strerror(number) in warnings[0] and "a.png" in warnings[0]
@@ -375,7 +288,7 @@ def test_a_long_outage_is_the_systems_own_error(tmp_path, monkeypatch):
     assert pauses == []
 
 
-# ----------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 NAMES = ("b/2.png", "b/10.PNG", "b/sub/1.png", "b/sub-2/1.png", "B/ü.jpeg", "a b/x.webp",
          "b/sub/deep/1.png", "b/0.tiff")
 
@@ -390,7 +303,7 @@ def test_files_and_labels_are_image_folders_in_its_order(tmp_path):
     assert [source.path(i) for i in range(8)] == [path for path, _ in expected.samples]
     assert source.targets.tolist() == expected.targets
     assert [label for _, label in source] == expected.targets
-    assert np.array_equal(source[3][0], np.asarray(photo()))
+    assert np.array_equal(source[3][0], np.asarray(photo(0, 20, 30)))
     (tmp_path / "top.png").write_bytes((tmp_path / "b" / "2.png").read_bytes())
     plain = ImageFiles(root)
     assert len(plain) == 9 and set(plain.targets) == {-1} and plain.classes == []
@@ -530,10 +443,33 @@ def test_imagenette(tmp_path, monkeypatch):
     assert asked == [{"size": "160px", "download": False}]  # older versions refuse a second time
 
 
-# ----------------------------------------------------------------------------- failures in a stream
+# ------------------------------------------------------------------------------------------- labels
+def where(data="shapes:4000", size=32, **more):
+    return SimpleNamespace(data=str(data), data_root="data", image_size=[size, size], **more)
+
+
+def test_labels_are_as_many_of_every_class_and_always_the_same(tmp_path):
+    train, val = data.open_labelled(where(seed=0), 100)
+    assert data.labels_of(train).bincount().tolist() == [10] * 10
+    assert val.split == "val" and val.classes == shapes.Shapes.classes
+    other_seed, _ = data.open_labelled(where(seed=1), 100)
+    assert list(train.indices) == list(other_seed.indices)
+    whole, _ = data.open_labelled(where(data="shapes:50"), 100)
+    assert len(whole) == 50
+    with pytest.raises(InputError, match="9 labels are fewer than the 10 classes"):
+        data.open_labelled(where(), 9)
+    for split, names in (("train", "ab"), ("val", "ac")):
+        class_folders(tmp_path / "set" / split, names)
+    with pytest.raises(InputError, match="differ in classes .b, c"):
+        data.open_labelled(where(tmp_path / "set"))
+    with pytest.raises(InputError, match="no folder train"):
+        data.open_labelled(where(images(tmp_path / "flat", 3)))
+
+
+# ------------------------------------------------------------------------------------------- stream
 def batches_of(source, workers=0):
     """Every batch of four of one epoch, in order; raises what a run would raise."""
-    stream = data.Stream(source, torchvision.transforms.functional.pil_to_tensor, 0, len(source),
+    stream = data.Stream(source, TF.pil_to_tensor, 0, len(source),
                          shuffle=False)
     numbers = [range(first, first + 4) for first in range(0, len(source), 4)]
     loader = DataLoader(stream, batch_sampler=numbers, num_workers=workers, collate_fn=data.collate)
@@ -547,10 +483,10 @@ def test_unreadable_images_come_with_their_reason(tmp_path):
     """The next one takes their place."""
     root = save_photos(tmp_path, *[f"{i}.png" for i in range(4)])
     (tmp_path / "1.png").write_bytes(b"no image")
-    photo(seed=2).save(tmp_path / "2.png")
-    (images, labels, bad), = batches_of(ImageFiles(root))
+    photo(2, 20, 30).save(tmp_path / "2.png")
+    (crops, labels, bad), = batches_of(ImageFiles(root))
     assert bad == [(1, "cannot identify image file")]
-    assert torch.equal(images[1], images[2]) and not torch.equal(images[1], images[0])
+    assert torch.equal(crops[1], crops[2]) and not torch.equal(crops[1], crops[0])
     assert labels.tolist() == [-1] * 4
 
 
@@ -574,7 +510,7 @@ class Troubled:
     def __getitem__(self, index):
         if index == 2:
             raise self.error
-        return photo(), 0
+        return photo(0, 20, 30), 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -593,177 +529,9 @@ def test_errors_reach_the_main_process_whole(workers):
         list(batches_of(Troubled(ModuleNotFoundError("No module named 'x'")), workers))
 
 
-# ----------------------------------------------------------------------------------- views, stream
-CHANNEL_STD = torch.tensor(data.IMAGENET_STD).view(3, 1, 1)
-SHAPES_LEVELS = [  # green of the first ten training images at 64 px, on a 3x3 grid of pixels
-    [83, 140, 137, 86, 103, 150, 122, 83, 150], [99, 193, 134, 96, 166, 136, 193, 136, 138],
-    [111, 118, 119, 109, 71, 71, 148, 71, 149], [138, 98, 139, 109, 98, 110, 140, 168, 98],
-    [81, 89, 120, 169, 159, 128, 81, 93, 125], [128, 130, 132, 108, 130, 160, 126, 171, 140],
-    [74, 74, 130, 181, 109, 129, 128, 122, 123], [180, 98, 142, 143, 191, 143, 136, 141, 145],
-    [129, 131, 131, 131, 131, 131, 131, 131, 131], [144, 144, 145, 132, 163, 163, 130, 131, 140]]
-
-
-def test_shapes_are_functions_of_split_and_index():
-    images, again = data.Shapes("train", 50, 64), data.Shapes("train", 9, 64)
-    for index in (0, 8, 3):
-        image, label, box, mask = images.render(index)
-        assert np.array_equal(image, again.render(index)[0]) and label == index % 10
-        assert not np.array_equal(image, data.Shapes("val", 50, 64).render(index)[0])
-        assert image.dtype == np.uint8 and image.shape == (64, 64, 3) and mask.shape == (64, 64)
-        assert np.array_equal(box, shapes.mask_box(mask)) and 0.1 < mask.mean() < 0.75
-    for index, levels in enumerate(SHAPES_LEVELS):  # the same on every machine, to one gray level
-        found = data.Shapes("train", 10, 64).render(index)[0][16::16, 16::16, 1].ravel().astype(int)
-        assert abs(found - levels).max() <= 1
-    for index in range(10):  # the same image at any size: coarse averages agree
-        both = (data.Shapes("train", 10, size).render(index)[0] for size in (64, 256))
-        small_image, large = (image.astype(float) for image in both)
-        large = large.reshape(64, 4, 64, 4, 3).mean((1, 3))
-        assert np.abs(small_image - large).mean() < 4
-
-
-def test_rendered_images_are_kept_up_to_a_limit(monkeypatch):
-    """A second look renders nothing, and what was done to the first does not show."""
-    source, rendered = data.Shapes("train", 5, 32), []
-
-    def render(split, index, size):
-        rendered.append(index)
-        return shapes.render_shape(split, index, size)
-
-    source.renderer = render
-    monkeypatch.setattr(data.Shapes, "KEPT", 3 * 32 * 32 * 3)
-    for _ in range(2):
-        for index in range(5):
-            image, label = source[index]
-            expected = shapes.render_shape("train", index, 32)
-            assert np.array_equal(image, expected[0]) and label == expected[1]
-            image.paste((0, 0, 0), (0, 0, 32, 32))
-    assert rendered == [0, 1, 2, 3, 4, 3, 4]
-
-
-def row(**values):
-    """One view's parameters as `draw` gives them, neutral unless said otherwise."""
-    neutral = {"jitter": 0, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0, "order": 0,
-               "gray": 0, "sigma": 0, "solarize": 0}
-    return [float((neutral | values)[name]) for name in data.PARAMETERS]
-
-
-def batched(images, rows):
-    """`augment` on a batch of PIL images, de-normalised to 0..1."""
-    x = data.augment(torch.stack([TF.pil_to_tensor(image) for image in images]), torch.tensor(rows))
-    return x * CHANNEL_STD + torch.tensor(data.IMAGENET_MEAN).view(3, 1, 1)
-
-
-def test_device_jitter_is_torchvisions():
-    """Against torchvision's float operations, in all 24 orders, to 1e-4: its luma has 4 digits."""
-    rng = np.random.RandomState(0)
-    images = [coarse_photo(i) for i in range(24)]
-    rows = [row(jitter=1, brightness=rng.uniform(0.6, 1.4), contrast=rng.uniform(0.6, 1.4),
-                saturation=rng.uniform(0.8, 1.2), hue=rng.uniform(-0.1, 0.1), order=order)
-            for order in range(24)]
-    for image, parameters, found in zip(images, rows, batched(images, rows)):
-        expected, p = TF.to_tensor(image), dict(zip(data.PARAMETERS, parameters))
-        for step in data.ORDERS[int(p["order"])]:
-            name = ("brightness", "contrast", "saturation", "hue")[step]
-            expected = getattr(TF, f"adjust_{name}")(expected, p[name])
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-
-
-def test_device_gray_solarize_flip_and_normalisation():
-    """To 1.1e-4: torchvision's first luma weight is 0.2989. At solarize's jump, either side."""
-    images = [coarse_photo(i) for i in range(4)]
-    found = batched(images, [row(gray=1), row(solarize=1), row(gray=1, solarize=1), row()])
-    gray = TF.rgb_to_grayscale(TF.to_tensor(images[2]), 3)
-    solarized = torch.where((gray - 128 / 255).abs() < 2e-4, found[2], TF.solarize(gray, 128 / 255))
-    expected = [TF.rgb_to_grayscale(TF.to_tensor(images[0]), 3),
-                TF.to_tensor(TF.solarize(images[1], 128)), solarized, TF.to_tensor(images[3])]
-    for a, b in zip(found, expected):
-        torch.testing.assert_close(a, b, rtol=0, atol=1.1e-4)
-    assert torch.equal(TF.normalize(TF.to_tensor(images[3]), data.IMAGENET_MEAN, data.IMAGENET_STD),
-                       data.augment(TF.pil_to_tensor(images[3])[None], torch.tensor([row()]))[0])
-
-
-def test_device_blur_is_torchvisions():
-    """Against torchvision's to 1e-5; PIL's, repeated box filters, to 6 gray levels, mean 1."""
-    images = [coarse_photo(i, 224, 224) for i in range(4)]
-    sigmas = (0.1, 0.5, 1.2, 2.0)
-    found = batched(images, [row(sigma=sigma) for sigma in sigmas])
-    for image, sigma, blurred in zip(images, sigmas, found):
-        expected = TF.gaussian_blur(TF.to_tensor(image), 13, sigma)
-        torch.testing.assert_close(blurred, expected, rtol=0, atol=1e-5)
-        by_pil = TF.to_tensor(image.filter(ImageFilter.GaussianBlur(sigma)))
-        difference = (blurred - by_pil).abs() * 255
-        assert difference.max() < 6 and difference.mean() < 1
-
-
-def test_device_and_worker_views_are_the_same_views():
-    """--augment device against worker: PIL rounds to 8 bits at every step; mean 2 gray levels."""
-    for size in ((64, 64), (64, 96)):
-        source = data.Shapes("train", 16, 64)
-        views = {mode: data.Stream(source, data.TwoViews(size, mode), 0, 16)
-                 for mode in ("device", "worker")}
-        crops, parameters = zip(*(views["device"][n][0] for n in range(16)))
-        expected = torch.stack([views["worker"][n][0][0] for n in range(16)])
-        for i in (0, 1):
-            found = data.augment(torch.stack(crops)[:, i], torch.stack(parameters)[:, i])
-            assert found.shape[2:] == size
-            difference = (found - expected[:, i]).abs() * CHANNEL_STD * 255
-            assert difference.mean() < 2 and difference.flatten(1).mean(1).max() < 6
-
-
-def test_drawn_parameters_have_the_references_distribution():
-    """4,000 samples against torchvision's ColorJitter and the paper's chances; about 4 sigma."""
-    image = Image.new("RGB", (32, 32))
-    stream = data.Stream([(image, 0)], data.TwoViews((32, 32)), seed=3, per_epoch=1)
-    drawn = torch.stack([stream[n][0][1] for n in range(4000)])  # (4000, 2, 9)
-    for i, probability in ((0, {"jitter": 0.8, "gray": 0.2, "sigma": 1.0, "solarize": 0.0}),
-                           (1, {"jitter": 0.8, "gray": 0.2, "sigma": 0.1, "solarize": 0.2})):
-        p = dict(zip(data.PARAMETERS, drawn[:, i].unbind(1)))
-        for name, expected in probability.items():
-            assert abs((p[name] > 0).float().mean() - expected) <= 0.027
-        ranges = (("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.8, 1.2),
-                  ("hue", -0.1, 0.1))
-        for name, low, high in ranges:
-            uniform = torch.linspace(low, high, 4001)[1:] - (high - low) / 8000
-            # Kolmogorov-Smirnov
-            assert (p[name].sort().values - uniform).abs().max() < 0.035 * (high - low)
-        assert (torch.bincount(p["order"].long(), minlength=24) - 4000 / 24).abs().max() < 55
-        sigma = p["sigma"][p["sigma"] > 0] * 224 / 32
-        assert sigma.min() >= 0.1 and sigma.max() <= 2.0 and abs(sigma.mean() - 1.05) < 0.12
-    two = drawn.reshape(4000, -1)[:, [1, 2, 10, 11]].T
-    assert torch.corrcoef(two).fill_diagonal_(0).abs().max() < 0.07  # the two views are independent
-    neighbours = torch.stack((drawn[1:, 0, 1], drawn[:-1, 0, 1]))
-    assert torch.corrcoef(neighbours)[0, 1].abs() < 0.07
-
-
-def extent(crop):
-    """Width (negative if flipped) and height that a crop spans of an image of channels x and y."""
-    width = crop[:, -1, 0].mean() - crop[:, 0, 0].mean()
-    height = crop[-1, :, 1].mean() - crop[0, :, 1].mean()
-    return width, height
-
-
-def test_crops_and_flips_have_the_references_distribution():
-    x, y = np.meshgrid(np.arange(100), np.arange(80))
-    image = Image.fromarray(np.stack((x, y, 0 * x), 2).astype(np.uint8))
-    found, expected = [], []
-    for n in range(1500):
-        torch.manual_seed(n)
-        crop = np.asarray(data.crop_and_flip(image, (32, 48))).astype(float)
-        width, height = extent(crop)
-        found.append((abs(width), height, width > 0))
-        torch.manual_seed(n + 10 ** 6)
-        crop = np.asarray(transforms.RandomResizedCrop((32, 48))(image)).astype(float)
-        expected.append((*extent(crop), 0.5))
-    found, expected = np.array(found), np.array(expected)
-    for i in (0, 1):
-        a, b = np.sort(found[:, i]), np.sort(expected[:, i])
-        assert abs(np.searchsorted(a, b) / len(a) - np.arange(len(b)) / len(b)).max() < 0.07
-    assert abs(found[:, 2].mean() - 0.5) < 0.055
-
-
 def test_stream_visits_every_image_once_an_epoch():
-    source = data.Shapes("train", 23, 32)
-    stream = data.Stream(source, data.TwoViews((32, 32)), seed=5, per_epoch=20)
+    source = shapes.Shapes("train", 23, 32)
+    stream = data.Stream(source, views.TwoViews((32, 32)), seed=5, per_epoch=20)
     epochs = [[stream.index(n) for n in range(epoch * 20, epoch * 20 + 20)] for epoch in range(3)]
     assert all(len(set(epoch)) == 20 for epoch in epochs) and epochs[0] != epochs[1]
     other = data.Stream(stream.source, stream.transform, seed=6, per_epoch=20)

@@ -1,4 +1,4 @@
-"""train.py and bench.py: what a run leaves, its protocol, ranks, kNN, the cost of a step, a GPU."""
+"""train.py: its arguments, what a run leaves, its protocol, the step, ranks, kNN, a GPU."""
 import argparse
 import contextlib
 import ctypes
@@ -15,69 +15,26 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-import bench
-import data
-import run
+import care
 import train
 from care import CARE
+from common import data, views
+from common import run as run_module
+from common.run import Run
 from conftest import (CPU, SMALL, gpu, header, images, memory, refused, same_encoder, same_log,
                       steps, torchrun, train_small)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+PLAIN = SimpleNamespace(autocast=contextlib.nullcontext(),  # of a run in float32
+                        scaler=torch.amp.GradScaler("cpu", enabled=False))
 
 
-# ------------------------------------------------------------------ what a run leaves, its settings
-def test_train_leaves_what_it_promises(reference, tmp_path):
-    train_small(tmp_path, "--arch", "resnet18", "--max-steps", 1)
-    weights = torch.load(tmp_path / "encoder.pth", weights_only=True)
-    missing, unexpected = torchvision.models.resnet18().load_state_dict(weights, strict=False)
-    assert missing == ["fc.weight", "fc.bias"] and unexpected == []
-    first, lines = header(reference), steps(reference)
-    assert first["args"]["arch"] == "thin" and first["args"]["images"] == 32
-    assert first["world_size"] == 1 and first["torch"] == torch.__version__
-    assert [line["step"] for line in lines] == list(range(1, 9))
-    assert set(lines[0]) == {"step", "epoch", "lr", "tau", "loss", "loss_c", "loss_t", "loss_att",
-                             "std_c", "std_t", "images/s", "memory_gib", "unreadable"}
-    for line in lines:
-        total = line["loss_c"] + line["loss_t"] + 100 * line["loss_att"]
-        assert line["loss"] == pytest.approx(total, rel=1e-4)
-    assert lines[-1]["epoch"] == 2 and lines[2]["epoch"] == 0.75
-    assert not list(reference.glob("*.tmp"))
-
-
-def new_model():
-    """The model of a small run, as it is before the first step."""
-    torch.manual_seed(0)
-    return train.new_model(train.parse_args(SMALL), CPU)[0]
-
-
-def losses_of(model, numbers, parts):
-    """What a small run logs of a step on these samples, in so many parts."""
-    stream = data.Stream(data.open_images("shapes:32", "pretrain", size=32),
-                         data.TwoViews((32, 32), crop_min=0.2), 0, 32)
-    losses = {}
-    for part in np.split(np.array(numbers), parts):
-        batch = data.collate([stream[int(n)] for n in part])
-        x1, x2 = train.make_views(batch, CPU, "device")
-        for out in (model(x1, x2), model(x2, x1)):
-            for name, value in out.items():
-                share = 0.5 if name.startswith("std") else 1
-                losses[name] = losses.get(name, 0) + share * value.item() / parts
-    return losses
-
-
-@pytest.mark.parametrize("accum_steps", [1, 2])
-def test_logged_losses_are_the_models(accum_steps, tmp_path):
-    """Losses summed over both orders, stds averaged, all averaged over accumulation steps."""
-    found = train_small(tmp_path, "--accum-steps", accum_steps, "--max-steps", 1)[0]
-    for name, value in losses_of(new_model(), range(8), accum_steps).items():
-        assert found[name] == pytest.approx(value, rel=1e-5), name
-
-
+# ---------------------------------------------------------------------------------------- arguments
 def test_the_defaults_are_the_papers_run():
     """Sec. 4.1 and the release: 100 epochs on 8 GPUs, no flag but --arch."""
     wanted = {
@@ -107,6 +64,125 @@ def test_the_first_line_is_the_recipe_as_flags(name):
         "byol_resnet50" if name == "folder" else f"{name}_byol")
 
 
+def test_bad_data(tmp_path, capsys):
+    flags = [*SMALL, "--out", tmp_path / "run", "--data"]
+    refused(capsys, *flags, tmp_path / "nowhere", match="nowhere: no such folder")
+    (tmp_path / "empty").mkdir()
+    refused(capsys, *flags, tmp_path / "empty", match="no images")
+    images(tmp_path / "few", 3)
+    refused(capsys, *flags, tmp_path / "few", match="3 images, fewer than --batch-size 8")
+    refused(capsys, *flags, "shapes:many", match="number of training images")
+    refused(capsys, *flags, tmp_path / "few", "--batch-size", 2, "--knn-every", 1, match="few")
+
+
+@pytest.mark.parametrize("flags, match", [
+    (["--batch-size", 9, "--accum-steps", 2], "--batch-size 9: must be a multiple of 1 ranks x 2"),
+    (["--batch-size", 1], "at least 2 images"),
+    (["--image-size", 48], "multiples of 32"),
+    (["--image-size", 36, "--stem", "cifar"], "multiples of 8"),
+    (["--image-size", 32, 32, 32], "one or two numbers"),
+    (["--precision", "fp16"], "fp16 needs a GPU"),
+    (["--warmup-epochs", 2], "--warmup-epochs 2: must be below --epochs 2"),
+    (["--method", "sequential", "--tap", "conv4"], "sequential always reads conv5"),
+    (["--method", "sequential", "--detach-trunk"], "sequential always reads conv5"),
+    (["--arch", "alexnet"], "invalid choice"),
+    (["--lam", 5], "unrecognized arguments"),
+])
+def test_bad_arguments(flags, match, tmp_path, capsys):
+    refused(capsys, *SMALL, "--out", tmp_path, *flags, match=match)
+
+
+def test_every_flag_of_the_model_reaches_it(monkeypatch):
+    """Whatever CARE takes can be said, but for out_dim, the paper's 256."""
+    given = {"arch": "resnet34", "image_size": [64, 32], "method": "byol", "blocks": 3, "heads": 2,
+             "position": "absolute", "tap": "conv5", "detach_trunk": True, "lambda_att": 7.5,
+             "hidden_dim": 32, "stem": "cifar"}
+    assert {*given, "out_dim"} == set(inspect.signature(CARE).parameters)
+    args = argparse.Namespace(**vars(train.parse_args(SMALL)) | given)
+    found = {}
+    monkeypatch.setattr(train, "CARE", lambda **named: found.update(named) or CARE())
+    train.new_model(args, CPU)
+    assert found == given
+
+
+@pytest.mark.parametrize("flags", [
+    ("--method", "byol"), ("--method", "sequential"), ("--tap", "conv5"), ("--augment", "worker"),
+    ("--position", "sincos"), ("--detach-trunk",), ("--stem", "cifar"), ("--precision", "bf16"),
+    ("--image-size", "32", "64"),
+])
+def test_ablations_train(flags, tmp_path):
+    line = train_small(tmp_path, *flags, "--max-steps", 2)[-1]
+    assert line["step"] == 2 and math.isfinite(line["loss"])
+    assert ("loss_c" in line) == (flags[-1] != "sequential")
+    assert ("loss_t" in line) == (flags[-1] != "byol")
+    args = header(tmp_path)["args"]
+    name, *values = flags
+    given = args[name[2:].replace("-", "_")]
+    assert given == ([32, 64] if len(values) == 2 else values[0] if values else True)
+
+# ------------------------------------------------------------------ what a run leaves, its settings
+def test_train_leaves_what_it_promises(reference, tmp_path):
+    train_small(tmp_path, "--arch", "resnet18", "--max-steps", 1)
+    weights = torch.load(tmp_path / "encoder.pth", weights_only=True)
+    missing, unexpected = torchvision.models.resnet18().load_state_dict(weights, strict=False)
+    assert missing == ["fc.weight", "fc.bias"] and unexpected == []
+    first, lines = header(reference), steps(reference)
+    assert first["args"]["arch"] == "thin" and first["args"]["images"] == 32
+    assert first["world_size"] == 1 and first["torch"] == torch.__version__
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert set(lines[0]) == {"step", "epoch", "lr", "tau", "loss", "loss_c", "loss_t", "loss_att",
+                             "std_c", "std_t", "images/s", "memory_gib", "unreadable"}
+    for line in lines:
+        total = line["loss_c"] + line["loss_t"] + 100 * line["loss_att"]
+        assert line["loss"] == pytest.approx(total, rel=1e-4)
+    assert lines[-1]["epoch"] == 2 and lines[2]["epoch"] == 0.75
+    assert not list(reference.glob("*.tmp"))
+
+
+def test_kept_epochs(tmp_path):
+    train_small(tmp_path, "--keep-epochs", 1)
+    names = sorted(path.name for path in tmp_path.glob("epoch*"))
+    assert names == ["epoch0001.pth", "epoch0002.pth"]
+    assert torch.load(tmp_path / "epoch0001.pth", weights_only=True)["step"] == 4
+
+
+def new_model():
+    """The model of a small run, as it is before the first step."""
+    torch.manual_seed(0)
+    return train.new_model(train.parse_args(SMALL), CPU)[0]
+
+
+def losses_of(model, numbers, parts):
+    """What a small run logs of a step on these samples, in so many parts."""
+    stream = data.Stream(data.open_images("shapes:32", "pretrain", size=32),
+                         views.TwoViews((32, 32), crop_min=0.2), 0, 32)
+    losses = {}
+    for part in np.split(np.array(numbers), parts):
+        batch = data.collate([stream[int(n)] for n in part])
+        x1, x2 = train.make_views(batch, CPU, "device")
+        for out in (model(x1, x2), model(x2, x1)):
+            for name, value in out.items():
+                share = 0.5 if name.startswith("std") else 1
+                losses[name] = losses.get(name, 0) + share * value.item() / parts
+    return losses
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_logged_losses_are_the_models(accum_steps, tmp_path):
+    """Losses summed over both orders, stds averaged, all averaged over accumulation steps."""
+    found = train_small(tmp_path, "--accum-steps", accum_steps, "--max-steps", 1)[0]
+    for name, value in losses_of(new_model(), range(8), accum_steps).items():
+        assert found[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_learning_rate_schedule():
+    rates = [train.lr_at(step, 100, 10, 0.2) for step in range(101)]
+    assert rates[0] == 1e-6 and rates[10] == 0.2 and rates[100] == 0
+    assert rates[5] == pytest.approx((1e-6 + 0.2) / 2)
+    assert rates[55] == pytest.approx(0.1)
+    assert train.lr_at(0, 100, 0, 0.2) == 0.2  # without a warm-up
+
+
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
     """20 epochs of 2 steps on a folder, and what reached optimiser, model and crops, in order."""
@@ -128,19 +204,19 @@ def watched(tmp_path_factory):
 
     def make_views(batch, *args, **named):
         seen.append(("views", batch[0][1], batch[0][0].shape))
-        return views(batch, *args, **named)
+        return make(batch, *args, **named)
 
     def get_params(image, scale, ratio):
         seen.append(("crop", scale, ratio))
         return crop(image, scale, ratio)
 
-    update, build, views = CARE.update_momentum, train.new_model, train.make_views
+    update, build, make = CARE.update_momentum, train.new_model, train.make_views
     crop = torchvision.transforms.RandomResizedCrop.get_params
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CARE, "update_momentum", update_momentum)
         patch.setattr(train, "new_model", new_model)
         patch.setattr(train, "make_views", make_views)
-        patch.setattr(data.transforms.RandomResizedCrop, "get_params", staticmethod(get_params))
+        patch.setattr(views.transforms.RandomResizedCrop, "get_params", staticmethod(get_params))
         hook = register_optimizer_step_pre_hook(step)
         train.main(["--data", str(root / "set"), "--arch", "thin", "--image-size", "32",
                     "--hidden-dim", "64", "--batch-size", "8", "--epochs", "20", "--workers", "0",
@@ -189,7 +265,7 @@ def test_views_are_drawn_with_the_papers_chances(watched):
     assert drawn.shape == (320, 2, 9)
     chances = {"jitter": (0.8, 0.8), "gray": (0.2, 0.2), "sigma": (1, 0.1), "solarize": (0, 0.2)}
     for name, wanted in chances.items():
-        share = (drawn[:, :, data.PARAMETERS.index(name)] > 0).float().mean(0)
+        share = (drawn[:, :, views.PARAMETERS.index(name)] > 0).float().mean(0)
         for view in range(2):
             tolerance = 3.5 * math.sqrt(wanted[view] * (1 - wanted[view]) / 320)
             assert abs(share[view] - wanted[view]) <= tolerance, (name, view)
@@ -197,62 +273,24 @@ def test_views_are_drawn_with_the_papers_chances(watched):
     assert crops == {((0.08, 1.0), (3 / 4, 4 / 3))}
 
 
-def test_learning_rate_schedule():
-    rates = [train.lr_at(step, 100, 10, 0.2) for step in range(101)]
-    assert rates[0] == 1e-6 and rates[10] == 0.2 and rates[100] == 0
-    assert rates[5] == pytest.approx((1e-6 + 0.2) / 2)
-    assert rates[55] == pytest.approx(0.1)
-    assert train.lr_at(0, 100, 0, 0.2) == 0.2  # without a warm-up
-
-
-@pytest.mark.parametrize("flags", [
-    ("--method", "byol"), ("--method", "sequential"), ("--tap", "conv5"), ("--augment", "worker"),
-    ("--position", "sincos"), ("--detach-trunk",), ("--stem", "cifar"), ("--precision", "bf16"),
-    ("--image-size", "32", "64"),
-])
-def test_ablations_train(flags, tmp_path):
-    line = train_small(tmp_path, *flags, "--max-steps", 2)[-1]
-    assert line["step"] == 2 and math.isfinite(line["loss"])
-    assert ("loss_c" in line) == (flags[-1] != "sequential")
-    assert ("loss_t" in line) == (flags[-1] != "byol")
-    args = header(tmp_path)["args"]
-    name, *values = flags
-    given = args[name[2:].replace("-", "_")]
-    assert given == ([32, 64] if len(values) == 2 else values[0] if values else True)
-
-
-def test_every_flag_of_the_model_reaches_it(monkeypatch):
-    """Whatever CARE takes can be said, but for out_dim, the paper's 256."""
-    given = {"arch": "resnet34", "image_size": [64, 32], "method": "byol", "blocks": 3, "heads": 2,
-             "position": "absolute", "tap": "conv5", "detach_trunk": True, "lambda_att": 7.5,
-             "hidden_dim": 32, "stem": "cifar"}
-    assert {*given, "out_dim"} == set(inspect.signature(CARE).parameters)
-    args = argparse.Namespace(**vars(train.parse_args(SMALL)) | given)
-    found = {}
-    monkeypatch.setattr(train, "CARE", lambda **named: found.update(named) or CARE())
-    train.new_model(args, CPU)
-    assert found == given
-
-
 def test_the_seed_decides_weights_and_samples(monkeypatch):
     """Another one: other initial weights, other images, other views of them."""
     seen = []
 
-    def load_batches(stream, *rest):
-        seen.append(([stream.index(n) for n in range(8)], stream[0][0][1]))
-        return iter(())
-
-    def restore(out, args, parts, *rest, **named):
+    def restore(run, parts, total, *rest, **named):
+        run.step, run.total, run.lines = total, total, []
         seen.append(parts["model"].online.encoder.conv1.weight.clone())
-        return 0, ()
+        return total
 
-    monkeypatch.setattr(train, "load_batches", load_batches)
-    monkeypatch.setattr(train, "restore", restore)
-    monkeypatch.setattr(train, "open_log", lambda *_: (None, []))
-    monkeypatch.setattr(train, "open_run", lambda *_: None)
+    def batches(run, stream, *rest):
+        seen.append(([stream.index(n) for n in range(8)], stream[0][0][1]))
+        return []
+
+    monkeypatch.setattr(Run, "restore", restore)
+    monkeypatch.setattr(Run, "batches", batches)
+    monkeypatch.setattr(run_module, "open_directory", lambda *_: None)
     for seed in (0, 0, 1):
-        with pytest.raises(StopIteration):
-            train.main([*SMALL, "--seed", str(seed), "--out", "nowhere"])
+        train.main([*SMALL, "--seed", str(seed), "--out", "nowhere"])
     weights, draws = seen[0::2], seen[1::2]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert draws[0][0] == draws[1][0] != draws[2][0]
@@ -264,19 +302,6 @@ def test_views_of_the_device_are_those_of_the_worker(reference, tmp_path):
     line = train_small(tmp_path, "--augment", "worker", "--max-steps", 1)[0]
     for name in ("loss_c", "loss_t", "loss_att", "std_c"):
         assert line[name] == pytest.approx(steps(reference)[0][name], rel=0.02), name
-
-
-def test_the_schedule_ends_a_run(tmp_path):
-    """A larger --max-steps, and as many as there are."""
-    assert len(train_small(tmp_path / "more", "--max-steps", 99)) == 8
-    assert len(train_small(tmp_path / "equal", "--max-steps", 8)) == 8
-
-
-def test_kept_epochs(tmp_path):
-    train_small(tmp_path, "--keep-epochs", 1)
-    names = sorted(path.name for path in tmp_path.glob("epoch*"))
-    assert names == ["epoch0001.pth", "epoch0002.pth"]
-    assert torch.load(tmp_path / "epoch0001.pth", weights_only=True)["step"] == 4
 
 
 def test_torchvision_sets(tmp_path, monkeypatch):
@@ -306,52 +331,29 @@ def test_torchvision_sets(tmp_path, monkeypatch):
     assert header(tmp_path / "run")["args"]["stem"] == "cifar"
 
 
-# ------------------------------------------------------------------------------------ several ranks
-def drive(out, device):
-    """Five float64 optimiser steps on a fixed stream of views; rank 0 saves the weights.
-
-    Of two ranks' parts, one process makes two accumulation steps; on a GPU, whose batch norms are
-    synchronised, one batch.
-    """
-    rank, world, _ = run.setup_ranks(SimpleNamespace(workers=0))
-    torch.manual_seed(0)
-    model = CARE("thin", image_size=32, blocks=2, hidden_dim=32, out_dim=16).double().to(device)
-    model, parallel = train.parallelise(model, world, torch.device(device))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=1e-4)
-    autocast = torch.autocast(device, enabled=False)
-    scaler = torch.amp.GradScaler(device, enabled=False)
-    losses = []
-    for step in range(5):
-        generator = torch.Generator().manual_seed(step)
-        parts = torch.randn(2, 2, 4, 3, 32, 32, dtype=torch.float64, generator=generator)
-        if world > 1:
-            parts = parts[rank:rank + 1]
-        elif device == "cuda":
-            parts = parts.transpose(0, 1).flatten(1, 2)[None]  # (1, 2, 8, 3, 32, 32)
-        meters = train.pretrain_step(parallel, optimizer, scaler, autocast, parts.to(device),
-                                     views_of=tuple, lr=0.02, tau=0.98)
-        losses.append(run.average(meters, world)["loss"])
-    if rank == 0:
-        torch.save({"model": model.cpu().state_dict(), "losses": losses}, out)
-    if world > 1:
-        torch.distributed.destroy_process_group()
+def test_hostile_images(tmp_path):
+    """One pixel, very wide, very tall, a decompression bomb: replaced or used, never a crash."""
+    for name, size in (("one", (1, 1)), ("wide", (20_000, 3)), ("tall", (3, 20_000)),
+                       ("bomb", (20_000, 20_000)), ("plain", (50, 40))):
+        Image.new("1", size).save(tmp_path / f"{name}.png")
+    files = data.ImageFiles(str(tmp_path))
+    stream = data.Stream(files, views.TwoViews((32, 32)), 0, len(files))
+    bad = set()
+    for n in range(len(files)):
+        (crops, parameters), _, unreadable = stream[n]
+        assert crops.shape == (2, 3, 32, 32)
+        assert torch.isfinite(views.augment(crops, parameters)).all()
+        bad |= {files.name(index) for index, _ in unreadable}
+    assert bad == {"bomb.png"}
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
-def test_two_ranks_are_one_process(device, tmp_path):
-    """Parameters to 1e-9 after five steps; a rank's running statistics on a CPU are its own."""
-    drive(tmp_path / "one.pth", device)
-    result = torchrun(2, drive, tmp_path / "two.pth", device)
-    assert result.codes == [0, 0], result.stderr
-    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pth", "two.pth"))
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-6)  # averaged in float32
-    assert one["losses"][0] != one["losses"][-1]
-    for name, value in one["model"].items():
-        if "running" not in name and "tracked" not in name:
-            torch.testing.assert_close(two["model"][name], value, rtol=1e-9, atol=1e-9)
+def test_a_slip_in_the_model_is_a_traceback(tmp_path, monkeypatch):
+    """Not the one line that users get for their own mistakes."""
+    monkeypatch.setattr(care, "map_shapes", lambda *_: [(1, 2), (3, 4)])
+    with pytest.raises(ValueError, match="unpack"):
+        train_small(tmp_path)
 
-
+# ------------------------------------------------------------------------------------------- a step
 def test_a_step_is_the_plain_one():
     """One loss over both orders and all parts, SGD, then the momentum branch; in float64."""
     models, optimizers = [], []
@@ -363,8 +365,7 @@ def test_a_step_is_the_plain_one():
         optimizers.append(torch.optim.SGD(trained, lr=0.02, momentum=0.9, weight_decay=1e-4))
     for _ in range(3):
         parts = torch.randn(2, 2, 4, 3, 32, 32, dtype=torch.float64)
-        train.pretrain_step(models[0], optimizers[0], torch.amp.GradScaler("cpu", enabled=False),
-                            contextlib.nullcontext(), parts, tuple, lr=0.02, tau=0.9)
+        train.pretrain_step(models[0], optimizers[0], PLAIN, parts, tuple, lr=0.02, tau=0.9)
         losses = [models[1](x, y)["loss"] for x1, x2 in parts for x, y in ((x1, x2), (x2, x1))]
         optimizers[1].zero_grad()
         (sum(losses) / 2).backward()
@@ -375,123 +376,6 @@ def test_a_step_is_the_plain_one():
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
-def test_train_on_two_ranks(two_ranks, tmp_path):
-    """Losses of the first steps are one process's with --accum-steps 2, and so is the first kNN."""
-    flags, out = two_ranks
-    one = train_small(tmp_path, *flags, "--accum-steps", 2, "--max-steps", 2)
-    two = steps(out)[:3]
-    assert [line["step"] for line in one] == [line["step"] for line in two] == [0, 1, 2]
-    assert one[0]["knn"] == two[0]["knn"]
-    for a, b in zip(one[1:], two[1:]):
-        for key in ("loss", "loss_c", "loss_t", "loss_att", "std_c", "std_t"):
-            assert a[key] == pytest.approx(b[key], rel=1e-5)
-    assert header(out)["world_size"] == 2
-
-
-def test_another_number_of_ranks_goes_on_with_the_same_batches(tmp_path, monkeypatch):
-    """One process, then two ranks, then one: each goes on with the losses of the next samples."""
-    for stop, world in ((4, 1), (5, 2), (6, 1)):
-        flags = [*SMALL, "--out", tmp_path, "--max-steps", stop]
-        model = new_model()
-        if stop > 4:
-            model.load_state_dict(torch.load(tmp_path / "last.pth", weights_only=True)["model"])
-            wanted = losses_of(model, range(8 * stop - 8, 8 * stop), parts=world)
-        assert torchrun(world, "train.py", *flags).codes == [0] * world
-        if stop > 4:
-            for name, value in wanted.items():
-                assert steps(tmp_path)[-1][name] == pytest.approx(value, rel=1e-5), name
-    assert [line["step"] for line in steps(tmp_path)] == [1, 2, 3, 4, 5, 6]
-
-
-# ------------------------------------------------------------------------------------------ monitor
-def test_knn_changes_nothing_and_is_neither_lost_nor_repeated(labelled, tmp_path, capsys):
-    """Weights and losses with and without it, bit for bit; its scores over stops and resumes."""
-    flags = ["--data", labelled]
-    train_small(tmp_path / "off", *flags)
-    train_small(tmp_path / "on", *flags, "--knn-every", 1)
-    shown = capsys.readouterr().out.splitlines()
-    lines = steps(tmp_path / "on")
-    scores = [line for line in lines if "knn" in line]
-    assert [(line["step"], line["epoch"]) for line in scores] == [(0, 0), (4, 1), (8, 2)]
-    assert all(set(line) == {"step", "epoch", "knn"} for line in scores)
-    losses = [[line["loss"] for line in steps(tmp_path / name) if "loss" in line]
-              for name in ("on", "off")]
-    assert losses[0] == losses[1] and same_encoder(tmp_path / "on", tmp_path / "off")
-    first, last = scores[0]["knn"], scores[-1]["knn"]
-    assert shown[-2] == f"kNN top-1 on val: {first:.1f} random encoder, {last:.1f} after step 8"
-    assert shown[-1].startswith("next: python linear_eval.py --data")
-    for stop in (3, 4, 6, 8, 8):
-        train_small(tmp_path / "parts", *flags, "--knn-every", 1, "--max-steps", stop)
-    assert same_log(tmp_path / "parts", tmp_path / "on")
-    assert same_encoder(tmp_path / "parts", tmp_path / "on")
-
-
-@pytest.mark.parametrize("score", [0, 1, 2])
-def test_a_signal_during_knn_saves_first(score, labelled, tmp_path, monkeypatch, capsys):
-    """And the score comes after the resume: before step 1, after step 4, after the last."""
-    flags, calls, knn = ["--data", labelled, "--knn-every", 1], [], train.knn
-
-    def interrupted(run, *args, **named):
-        calls.append(0)
-        if len(calls) == score + 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return knn(run, *args, **named)
-
-    train_small(tmp_path / "whole", *flags)
-    capsys.readouterr()
-    monkeypatch.setattr(train, "knn", interrupted)
-    train_small(tmp_path / "parts", *flags)
-    if score < 2:
-        ending = f"step {4 * score} of 8: stopped, the same command goes on"
-        assert ending in capsys.readouterr().out
-    assert sum("knn" in line for line in steps(tmp_path / "parts")) == score
-    if score:
-        checkpoint = torch.load(tmp_path / "parts" / "last.pth", weights_only=True)
-        assert checkpoint["step"] == 4 * score
-    train_small(tmp_path / "parts", *flags)
-    assert same_log(tmp_path / "parts", tmp_path / "whole")
-    assert same_encoder(tmp_path / "parts", tmp_path / "whole")
-
-
-def test_knn_may_begin_late(labelled, tmp_path, capsys):
-    """Switched on at a resume: scores from the next epoch on, of no random encoder."""
-    train_small(tmp_path, "--data", labelled, "--max-steps", 3)
-    lines = train_small(tmp_path, "--data", labelled, "--knn-every", 1)
-    assert [line["step"] for line in lines if "knn" in line] == [4, 8]
-    assert "after step 4, " in capsys.readouterr().out.splitlines()[-2]
-
-
-def test_the_bar_shows_the_last_score(labelled, tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr(train.tqdm, "set_postfix", lambda bar, fields, **_: shown.append(fields))
-    scores = [line["knn"] for line in train_small(tmp_path, "--data", labelled, "--knn-every", 1)
-              if "knn" in line]
-    wanted = [f"{scores[0]:.1f}"] * 4 + [f"{scores[1]:.1f}"] * 4
-    assert [fields["knn"] for fields in shown] == wanted
-
-
-@pytest.mark.parametrize("signalled", [None, 3, 4])
-def test_the_end_says_how_to_go_on(signalled, tmp_path, monkeypatch, capsys):
-    """--max-steps 4 is reached, without a signal or with one in the last step; or one in step 3."""
-    calls, pretrain_step = [], train.pretrain_step
-
-    def step(*args, **named):
-        calls.append(0)
-        if len(calls) == signalled:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return pretrain_step(*args, **named)
-
-    monkeypatch.setattr(train, "pretrain_step", step)
-    train_small(tmp_path, "--max-steps", 4)
-    shown = capsys.readouterr().out.splitlines()[-1]
-    if signalled == 3:
-        assert shown == "step 3 of 8: stopped, the same command goes on"
-    else:
-        assert shown == ("step 4 of 8: as --max-steps says; with a larger one, or without it, the "
-                         "same command goes on")
-
-
-# ------------------------------------------------------------------------------- the cost of a step
 def measure_activations(out):
     """Peak memory of a step in two halves and of one on the summed loss, above what stays, MiB."""
     ctypes.CDLL(None).mallopt(-3, 2 ** 16)  # M_MMAP_THRESHOLD: freed tensors go back to the system
@@ -501,18 +385,17 @@ def measure_activations(out):
     optimizer = torch.optim.SGD(trained, lr=0.01, momentum=0.9)
 
     def half_steps(x1, x2):
-        train.pretrain_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False),
-                            contextlib.nullcontext(), [(x1, x2)], tuple, lr=0.01, tau=0.99)
+        train.pretrain_step(model, optimizer, PLAIN, [(x1, x2)], tuple, lr=0.01, tau=0.99)
 
     def summed_loss(x1, x2):
         (model(x1, x2)["loss"] + model(x2, x1)["loss"]).backward()
 
     half_steps(*torch.randn(2, 2, 3, 96, 96))  # gradients and momentum stay
-    views = torch.randn(2, 8, 3, 96, 96)
+    x1, x2 = torch.randn(2, 8, 3, 96, 96)
     peaks, before = {}, memory("VmRSS")
     for step in (half_steps, summed_loss):
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-        step(*views)
+        step(x1, x2)
         peaks[step.__name__] = memory("VmHWM") - before
     Path(out).write_text(json.dumps(peaks))
 
@@ -524,31 +407,6 @@ def test_half_steps_halve_the_activations(tmp_path):
     peaks = json.loads((tmp_path / "peaks").read_text())
     print(peaks)
     assert 50 < peaks["half_steps"] < 0.6 * peaks["summed_loss"], peaks
-
-
-def test_bench_measures_a_step_and_the_input_pipeline(capsys):
-    flags = ["--arch", "thin", "--image-size", "32", "--batch-size", "8", "--hidden-dim", "64",
-             "--blocks", "1"]
-    bench.main(flags)
-    found = json.loads(capsys.readouterr().out)
-    assert set(found["ms"]) == {"views", "momentum forward", "online forward", "backward",
-                                "optimiser", "EMA"}
-    assert sum(found["ms"].values()) == pytest.approx(8000 / found["pairs/s"], rel=0.9)
-    speed = found["tflop"] * found["pairs/s"]
-    supervised_speed = found["supervised tflop"] * found["supervised images/s"]
-    assert found["efficiency"] == pytest.approx(speed / supervised_speed)
-    # two online and two momentum forwards, two backwards for one of each; transformer and heads
-    assert found["tflop"] > 8 * found["supervised tflop"] / 3
-    bench.main([*flags, "--data", "shapes:64", "--workers", "1"])
-    found = json.loads(capsys.readouterr().out)
-    rates = found["pairs/s per worker"]
-    assert found["workers"] == 1
-    assert set(rates) == {"device", "worker"} and rates["device"] > rates["worker"] > 0
-
-
-def test_bench_is_for_one_process(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "setup_ranks", lambda args: (0, 2, CPU))
-    refused(capsys, match="measures one process", script=bench)
 
 
 # A GPU in pretence: CPU tensors that claim to be on `meta`. It shows what waits, or mixes devices.
@@ -618,27 +476,123 @@ def test_the_loop_never_waits_for_the_device(reference, monkeypatch, tmp_path):
         pretence.waits.clear()
         return found
 
-    def average(meters, world):
-        losses.append(meters["loss"].here.item())
-        return {}
+    def check(run):
+        losses.append(run.meters["loss"].here.item())
+        return {}, 0
 
-    no_precision = contextlib.nullcontext(), torch.amp.GradScaler("cpu", enabled=False)
-    for name, value in {"setup_ranks": lambda args: (0, 1, META), "new_model": model_there,
-                        "set_precision": lambda *_: no_precision, "average": average,
-                        "check_finite": lambda *_: None, "save": lambda *_: None}.items():
-        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(train, "new_model", model_there)
+    monkeypatch.setattr(run_module, "join_ranks", lambda: (0, 1, META, 1))
+    monkeypatch.setattr(run_module, "set_precision", lambda *_: (PLAIN.autocast, PLAIN.scaler))
+    monkeypatch.setattr(Run, "check", check)
+    monkeypatch.setattr(Run, "save", lambda *_: None)
     with pretence:
         train.main([*SMALL, "--out", str(tmp_path)])
     assert pretence.waits == [] and losses == [line["loss"] for line in steps(reference)]
 
+# ------------------------------------------------------------------------------------ several ranks
+def test_train_on_two_ranks(two_ranks, tmp_path):
+    """Losses of the first steps are one process's with --accum-steps 2, and so is the first kNN."""
+    flags, out = two_ranks
+    one = train_small(tmp_path, *flags, "--accum-steps", 2, "--max-steps", 2)
+    two = steps(out)[:3]
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [0, 1, 2]
+    assert one[0]["knn"] == two[0]["knn"]
+    for a, b in zip(one[1:], two[1:]):
+        for key in ("loss", "loss_c", "loss_t", "loss_att", "std_c", "std_t"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5)
+    assert header(out)["world_size"] == 2
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_batches(tmp_path, monkeypatch):
+    """One process, then two ranks, then one: each goes on with the losses of the next samples."""
+    for stop, world in ((4, 1), (5, 2), (6, 1)):
+        flags = [*SMALL, "--out", tmp_path, "--max-steps", stop]
+        model = new_model()
+        if stop > 4:
+            model.load_state_dict(torch.load(tmp_path / "last.pth", weights_only=True)["model"])
+            wanted = losses_of(model, range(8 * stop - 8, 8 * stop), parts=world)
+        assert torchrun(world, "train.py", *flags).codes == [0] * world
+        if stop > 4:
+            for name, value in wanted.items():
+                assert steps(tmp_path)[-1][name] == pytest.approx(value, rel=1e-5), name
+    assert [line["step"] for line in steps(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+# ------------------------------------------------------------------------------------------ monitor
+def test_knn_changes_nothing_and_is_neither_lost_nor_repeated(labelled, tmp_path, capsys):
+    """Weights and losses with and without it, bit for bit; its scores over stops and resumes."""
+    flags = ["--data", labelled]
+    train_small(tmp_path / "off", *flags)
+    train_small(tmp_path / "on", *flags, "--knn-every", 1)
+    shown = capsys.readouterr().out.splitlines()
+    lines = steps(tmp_path / "on")
+    scores = [line for line in lines if "knn" in line]
+    assert [(line["step"], line["epoch"]) for line in scores] == [(0, 0), (4, 1), (8, 2)]
+    assert all(set(line) == {"step", "epoch", "knn"} for line in scores)
+    losses = [[line["loss"] for line in steps(tmp_path / name) if "loss" in line]
+              for name in ("on", "off")]
+    assert losses[0] == losses[1] and same_encoder(tmp_path / "on", tmp_path / "off")
+    first, last = scores[0]["knn"], scores[-1]["knn"]
+    assert shown[-2] == f"kNN top-1 on val: {first:.1f} random encoder, {last:.1f} after step 8"
+    assert shown[-1].startswith("next: python linear_eval.py --data")
+    for stop in (3, 4, 6, 8, 8):
+        train_small(tmp_path / "parts", *flags, "--knn-every", 1, "--max-steps", stop)
+    assert same_log(tmp_path / "parts", tmp_path / "on")
+    assert same_encoder(tmp_path / "parts", tmp_path / "on")
+
+
+@pytest.mark.parametrize("score", [0, 1, 2])
+def test_a_signal_during_knn_saves_first(score, labelled, tmp_path, monkeypatch, capsys):
+    """And the score comes after the resume: before step 1, after step 4, after the last."""
+    flags, calls, knn = ["--data", labelled, "--knn-every", 1], [], train.knn
+
+    def interrupted(run, *args, **named):
+        calls.append(0)
+        if len(calls) == score + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return knn(run, *args, **named)
+
+    train_small(tmp_path / "whole", *flags)
+    capsys.readouterr()
+    monkeypatch.setattr(train, "knn", interrupted)
+    train_small(tmp_path / "parts", *flags)
+    if score < 2:
+        ending = f"/parts: step {4 * score} of 8: stopped, the same command goes on"
+        assert f"{tmp_path}{ending}" in capsys.readouterr().out
+    assert sum("knn" in line for line in steps(tmp_path / "parts")) == score
+    if score:
+        checkpoint = torch.load(tmp_path / "parts" / "last.pth", weights_only=True)
+        assert checkpoint["step"] == 4 * score
+    train_small(tmp_path / "parts", *flags)
+    assert same_log(tmp_path / "parts", tmp_path / "whole")
+    assert same_encoder(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_knn_may_begin_late(labelled, tmp_path, capsys):
+    """Switched on at a resume: scores from the next epoch on, of no random encoder."""
+    train_small(tmp_path, "--data", labelled, "--max-steps", 3)
+    lines = train_small(tmp_path, "--data", labelled, "--knn-every", 1)
+    assert [line["step"] for line in lines if "knn" in line] == [4, 8]
+    assert "after step 4, " in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_the_bar_shows_the_last_score(labelled, tmp_path, monkeypatch):
+    def set_postfix(bar, fields, **_):
+        shown.append(fields["knn"])
+
+    shown = []
+    monkeypatch.setattr(run_module.tqdm, "set_postfix", set_postfix)
+    scores = [line["knn"] for line in train_small(tmp_path, "--data", labelled, "--knn-every", 1)
+              if "knn" in line]
+    first, second, third = (f"{score:.1f}" for score in scores)
+    assert shown == [first] * 5 + [second] * 5 + [third]  # at once, and over the four steps behind
 
 # ----------------------------------------------------------------------------------------- on a GPU
 @gpu
 def test_views_on_a_gpu_are_the_cpus():
-    stream = data.Stream(data.open_images("shapes:16", "pretrain"), data.TwoViews((64, 64)), 0, 16)
+    stream = data.Stream(data.open_images("shapes:16", "pretrain"), views.TwoViews((64, 64)), 0, 16)
     (crops, parameters), _, _ = data.collate([stream[n] for n in range(16)])
-    found = data.augment(crops[:, 0].cuda(), parameters[:, 0]).cpu()
-    wanted = data.augment(crops[:, 0], parameters[:, 0])
+    found = views.augment(crops[:, 0].cuda(), parameters[:, 0]).cpu()
+    wanted = views.augment(crops[:, 0], parameters[:, 0])
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
 
 

@@ -1,10 +1,10 @@
 """Tables 1, 3, 6, 7, 8, Sec. 3.3 and 4.3 and Figure 4 in miniature, with seeds and spreads.
 
-  python miniature.py                          everything, one job at a time
-  python miniature.py --only table1 --jobs 2   one table, two jobs side by side
+  python tables.py                             everything, one job at a time
+  python tables.py --only table1 --jobs 2   one table, two jobs side by side
 
 Starts the scripts as a user does: pretraining on the embedded `clutter` by its recipe, then each
-score. A finished job is a line of docs/miniature.json; docs/miniature.md is made from these lines.
+score. A finished job is a line of docs/tables.json; docs/tables.md is made from these lines.
 The same command again goes on where it stopped; jobs of other settings are never mixed in.
 
 What is tuned is the same in all rows: images, rate, crops and steps on BYOL, tau and the heads'
@@ -24,8 +24,9 @@ from pathlib import Path
 
 import torch
 
-from data import recipe_of
-from run import check_ranges, fail, new_parser, write_whole
+from common.data import recipe_of
+from common.ranks import fail
+from common.run import count, natural, new_parser, write_whole
 
 HERE = Path(__file__).resolve().parent
 PRETRAINED = {  # encoder -> its flags of train.py beside the recipe; each seed is a run of its own
@@ -162,16 +163,15 @@ def parse_args(argv=None):
     add("--only", choices=TABLES, nargs="+", help="these tables (default: all)")
     add("--encoders", choices=[*PRETRAINED, "random", "supervised"], nargs="+",
         help="these rows of them (default: all)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
-    add("--jobs", type=int, default=1, help="jobs side by side; on a CPU they share its cores")
+    add("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="default 0 1 2")
+    add("--jobs", type=count, default=1, help="jobs side by side; on a CPU they share its cores")
     add("--data", default="clutter", help="clutter, or clutter:N for a quick try")
     add("--runs", default="runs/miniature", help="where the runs are (default runs/miniature)")
-    add("--results", default="docs/miniature.json",
+    add("--results", default="docs/tables.json",
         help="a line per finished job; the page is made beside it, as .md")
     add("--train-flags", default="", metavar="'FLAGS'",
         help="beside the recipe, for all pretrainings; a quick try needs its own --results")
     args = parser.parse_args(argv)
-    check_ranges(args)
     for path in (args.runs, Path(args.results).parent):
         Path(path).mkdir(parents=True, exist_ok=True)
     return args
@@ -293,7 +293,7 @@ INTRODUCTION = """# The paper's tables in miniature
 
 Made by `{command}`.
 ResNet-18 at 64 px on the embedded `clutter` ({images} images, ten classes, two objects of one class
-that cover 5 to 20 % of the image among scraps that mean nothing), by its recipe in `data.py`:
+that cover 5 to 20 % of the image among scraps that mean nothing), by its recipe (`common/data.py`):
 {epochs} epochs in batches of {batch_size}. Top-1 in percent on 1,000 images, from 1,000 labels
 where all layers but the classifier are frozen; mean ± standard deviation over the seeds {seeds}.
 What is tuned is the same in all rows: images, rate, crops and steps were tuned on BYOL; tau and the
@@ -345,8 +345,8 @@ def verdict(results, better, worse, column):
 
 
 def page(args, results):
-    """docs/miniature.md: the tables in the paper's order."""
-    command = "python miniature.py"
+    """docs/tables.md: the tables in the paper's order."""
+    command = "python tables.py"
     if args.train_flags:
         command += f" --train-flags '{args.train_flags}'"
     images = args.data.partition(":")[2] or "4,000"

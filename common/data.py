@@ -1,36 +1,28 @@
-"""Data sets and what they run with, image files, views, and the sample stream.
+"""Data sets and the settings they run with, image files, labels, and the sample stream.
 
 Images: source[i] -> (RGB PIL image, label), from a folder, a downloaded set or shapes.py.
-Views (paper Sec. 4.1, release): random crop, colour jitter, blur, grayscale, flip, solarize. Drawn
-by torchvision, applied by `per_image` (in a worker: the reference) or `augment` (batched).
 The stream: sample n, its image and every draw of its views, is fixed by (seed, n) alone. So a run
-does not depend on the number of workers or ranks, and one that resumes at step s goes on exactly.
+does not depend on the number of workers or ranks, and one that resumes at step s is exact.
 """
 import errno
 import io
-import math
 import os
 import sys
 import time
 from array import array
-from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-import torchvision.transforms.functional as TF
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Subset
-from torchvision import datasets, transforms
+from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from care import InputError
-from shapes import Shapes, render_clutter, render_shape
+from common.shapes import Shapes, render_clutter, render_shape
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-# What runs with a data set unless a flag says otherwise; the flags' help explains the names. The
+# The settings of each data set unless a flag says otherwise; the flags' help explains them. The
 # last three are linear_eval's. None: all labels, and a warm-up of min(10, epochs / 10) epochs.
 PAPER = {
     "arch": "resnet50", "stem": "imagenet", "image_size": 224, "blocks": 5, "hidden_dim": 4096,
@@ -136,7 +128,7 @@ SPLITS = ("train", "val", "valid", "validation", "dev", "test", "testing", "unla
 
 
 def is_image(file):
-    """Whether a name is that of an image, and not of the notes that macOS keeps beside one."""
+    """Whether a file's name is an image's; names that begin with ._ are notes of macOS."""
     return file.lower().endswith(IMG_EXTENSIONS) and not file.startswith("._")
 
 
@@ -208,25 +200,26 @@ class ImageFiles(Dataset):
 
 
 def pretraining_folder(root):
-    """root/train where that is a split; root where `train` is a class or is not there.
+    """The folder to pretrain on: root/train if `train` is a split; root if it is a class or absent.
 
-    The images and folders with images beside it decide. There are none, or splits alone: it is one.
-    None is a split, and it has images in itself: a class. InputError for anything between.
+    `train` is a split if no other entry of root has images, or if only other splits have. It is a
+    class if no split has images and `train` itself contains some. InputError in any other case.
     """
     train = os.path.join(root, "train")
     if not os.path.isdir(train):
         return root
-    names = sorted(set(os.listdir(root)) - {"train"})
-    folders = [name for name in names if os.path.isdir(os.path.join(root, name))]
-    beside = [name for name in folders if next(image_names(root, name), None)]
-    beside += [name for name in names if is_image(name)]
-    others = [name for name in beside if name.lower() not in SPLITS]
-    if not others:
+    with_images = []
+    for name in sorted(set(os.listdir(root)) - {"train"}):
+        folder = os.path.isdir(os.path.join(root, name))
+        if next(image_names(root, name), None) if folder else is_image(name):
+            with_images.append(name)
+    not_splits = [name for name in with_images if name.lower() not in SPLITS]
+    if not not_splits:
         return train
-    if len(others) == len(beside) and any(is_image(name) for name in os.listdir(train)):
+    if not_splits == with_images and any(is_image(name) for name in os.listdir(train)):
         return root
-    raise InputError(f"--data {root}: is its folder train a split, or a class beside {others[0]}? "
-                     f"Give --data {train} for it alone, or rename it to take all images")
+    raise InputError(f"--data {root}: is its folder train a split, or a class like {not_splits[0]}?"
+                     f" Give --data {train} for it alone, or rename it to take all images")
 
 
 # ----------------------------------------------------------------------------------------- sources
@@ -285,147 +278,45 @@ def describe(source):
     return f"{len(source)} images in {source.root}"
 
 
-# ------------------------------------------------------------------------------------------ views
-# A view's row of numbers. jitter, gray, solarize: 0 or 1; brightness to hue: the jitter's four
-# factors; order: of these steps, a row of ORDERS; sigma: of the blur in pixels, 0 for none.
-JITTER_STEPS = ("brightness", "contrast", "saturation", "hue")
-PARAMETERS = ("jitter", *JITTER_STEPS, "order", "gray", "sigma", "solarize")
-ORDERS = list(permutations(range(4)))
-JITTER = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
-CHANCES = ((1.0, 0.0), (0.1, 0.2))  # of blur and of solarize, in the two views (release)
+# ------------------------------------------------------------------------------------------- labels
+def open_labelled(args, count=None):
+    """Training and validation images of --data -> train, val.
 
-
-def blur_sigmas(size):
-    """Least and largest sigma in pixels: the paper's 0.1, 2 at 224, scaled to (height, width)."""
-    return 0.1 * min(size) / 224, 2.0 * min(size) / 224
-
-
-def draw(size, blur, solarize):
-    """One view's parameters, drawn by torchvision; `blur` and `solarize` are probabilities."""
-    ranges = (JITTER.brightness, JITTER.contrast, JITTER.saturation, JITTER.hue)
-    order, *factors = JITTER.get_params(*ranges)
-    chances = torch.tensor((0.8, 0.2, blur, solarize))
-    jittered, gray, blurred, solarized = (torch.rand(4) < chances).tolist()
-    sigma = transforms.GaussianBlur.get_params(*blur_sigmas(size))
-    order = ORDERS.index(tuple(order.tolist()))
-    return (jittered, *factors, order, gray, sigma * blurred, solarized)
-
-
-def crop_and_flip(image, size, crop_min=0.08):
-    """Random crop (crop_min to all of the area) of a PIL image, resized, flipped with p 0.5."""
-    box = transforms.RandomResizedCrop.get_params(image, (crop_min, 1.0), (3 / 4, 4 / 3))
-    image = TF.resized_crop(image, *box, size)
-    return TF.hflip(image) if torch.rand(()) < 0.5 else image
-
-
-def per_image(image, parameters):
-    """The reference: a view of a PIL image by torchvision and PIL, in the release's order."""
-    p = dict(zip(PARAMETERS, parameters))
-    if p["jitter"]:
-        for step in ORDERS[int(p["order"])]:
-            name = JITTER_STEPS[step]
-            image = getattr(TF, f"adjust_{name}")(image, p[name])
-    if p["sigma"]:
-        image = image.filter(ImageFilter.GaussianBlur(p["sigma"]))
-    if p["gray"]:
-        image = TF.to_grayscale(image, 3)
-    if p["solarize"]:
-        image = TF.solarize(image, 128)
-    return TF.normalize(TF.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
-
-
-class TwoViews:
-    """PIL image -> views (2, 3, height, width), parameters (2, 9).
-
-    augment: "device" gives uint8 crops, which `augment` finishes; "worker" does it by `per_image`.
+    count: train becomes that many of its images, of every class as many, in every run the same.
+    InputError for images without classes, other classes in val, or a count below that of classes.
     """
-
-    def __init__(self, size, augment="device", crop_min=0.08):
-        self.size, self.augment, self.crop_min = size, augment, crop_min
-
-    def __call__(self, image):
-        views, rows = [], []
-        for blur, solarize in CHANCES:
-            crop = crop_and_flip(image, self.size, self.crop_min)
-            row = draw(self.size, blur, solarize)
-            view = per_image(crop, row) if self.augment == "worker" else TF.pil_to_tensor(crop)
-            views.append(view)
-            rows.append(row)
-        return torch.stack(views), torch.tensor(rows)
-
-
-def per_channel(x, values):
-    """Three numbers, one a channel, as (3, 1, 1) on the device of x, which is not waited for."""
-    return torch.tensor(values, dtype=x.dtype).view(3, 1, 1).to(x.device, non_blocking=True)
+    where = {"data_root": args.data_root, "size": max(args.image_size)}
+    train = open_images(args.data, "train", **where)
+    val = open_images(args.data, "val", **where)
+    classes = len(train.classes)
+    if list(train.classes) != list(val.classes):
+        differ = sorted(set(train.classes) ^ set(val.classes))
+        raise InputError(f"--data {args.data}: train and val differ in classes "
+                         f"({', '.join(map(str, differ[:5]))})")
+    if count is None or count >= len(train):
+        return train, val
+    if count < classes:
+        raise InputError(f"{count} labels are fewer than the {classes} classes of {args.data}")
+    drawn, _ = split_by_class(labels_of(train), lambda n: count // classes, seed=0)
+    return Subset(train, drawn), val
 
 
-def imagenet_normalize(x):
-    """(B, 3, H, W), uint8 or float in 0..1 -> float32; ImageNet has mean 0 and deviation 1."""
-    x = x if x.is_floating_point() else x.float() / 255
-    return (x - per_channel(x, IMAGENET_MEAN)) / per_channel(x, IMAGENET_STD)
+def labels_of(source):
+    """The labels of a data set, (N,); no image is read."""
+    if isinstance(source, Subset):
+        return labels_of(source.dataset)[source.indices]
+    return torch.as_tensor(source.targets).long()
 
 
-def to_gray(x):
-    """Luma of (B, 3, H, W) -> (B, 1, H, W); ITU-R 601, as PIL and torchvision."""
-    return (x * per_channel(x, (0.299, 0.587, 0.114))).sum(1, keepdim=True)
-
-
-def shift_hue(x, shift):
-    """Turn the hue of (B, 3, H, W) in 0..1 by `shift` (B, 1, 1, 1), in turns."""
-    r, g, b = x.unbind(1)
-    value = x.amax(1)
-    chroma = value - x.amin(1)
-    c = torch.where(chroma > 0, chroma, 1)  # no division by zero
-    green_or_blue = torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c)
-    hue = torch.where(value == r, (g - b) / c, green_or_blue)  # in sixths of a turn
-    k = (hue[:, None] + 6 * shift + per_channel(x, (5, 3, 1))) % 6
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-def jitter_step(x, name, factor):
-    """One of torchvision's colour jitter steps on (B, 3, H, W) in 0..1; `factor` (B, 1, 1, 1)."""
-    if name == "hue":
-        return shift_hue(x, factor)
-    target = 0 if name == "brightness" else to_gray(x)
-    if name == "contrast":
-        target = target.mean((2, 3), keepdim=True)
-    return (factor * x + (1 - factor) * target).clamp(0, 1)
-
-
-def blur(x, sigma, radius):
-    """Gaussian blur of (B, C, H, W), sigma (B,) in pixels, kernels of 2 * radius + 1."""
-    B, C, H, W = x.shape
-    taps = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)  # (B, K)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(C, 0)  # (B*C, K)
-    x = F.pad(x, (radius,) * 4, mode="reflect")
-    x = x.reshape(1, B * C, H + 2 * radius, W + 2 * radius)
-    x = F.conv2d(x, kernel[:, None, None, :], groups=B * C)  # (1, B*C, H + 2 radius, W)
-    return F.conv2d(x, kernel[:, None, :, None], groups=B * C).reshape(B, C, H, W)
-
-
-def augment(x, parameters):
-    """Batched `per_image`: crops (B, 3, H, W) uint8, parameters (B, 9) on the CPU -> float32."""
-    p = dict(zip(PARAMETERS, parameters.unbind(1)))
-    x = x.float() / 255
-    orders = torch.tensor(ORDERS)[p["order"].long()]  # (B, 4); on the CPU: no device is waited for
-    for position in range(4):
-        for step, name in enumerate(JITTER_STEPS):
-            rows = ((p["jitter"] > 0) & (orders[:, position] == step)).nonzero()[:, 0]
-            factor = p[name][rows].view(-1, 1, 1, 1).to(x.device, non_blocking=True)
-            rows = rows.to(x.device, non_blocking=True)
-            x[rows] = jitter_step(x[rows], name, factor)
-    rows = (p["sigma"] > 0).nonzero()[:, 0]
-    if len(rows):
-        sigma = p["sigma"][rows].to(x.device, non_blocking=True)
-        rows = rows.to(x.device, non_blocking=True)
-        radius = math.ceil(3 * blur_sigmas(x.shape[2:])[1])
-        x[rows] = blur(x[rows], sigma, radius)
-    rows = (p["gray"] > 0).nonzero()[:, 0].to(x.device, non_blocking=True)
-    x[rows] = to_gray(x[rows]).expand(-1, 3, -1, -1)
-    rows = (p["solarize"] > 0).nonzero()[:, 0].to(x.device, non_blocking=True)
-    x[rows] = TF.solarize(x[rows], 128 / 255)
-    return imagenet_normalize(x)
+def split_by_class(labels, per_class, seed):
+    """Indices drawn from every class, `per_class(n)` of its n, and the rest: two sorted arrays."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
+        order = torch.randperm(len(members), generator=generator)
+        drawn[members[order[:per_class(len(members))]]] = True
+    return np.flatnonzero(drawn), np.flatnonzero(~drawn)
 
 
 # ------------------------------------------------------------------------------------------ stream

@@ -1,14 +1,10 @@
-"""run.py through train.py: resuming, ranks, mistakes and slips, outages, signals, kills."""
-import argparse
+"""common/run.py through train.py: resuming, mistakes and slips, disks, signals, kills."""
 import errno
-import importlib
 import math
 import os
 import pickle
-import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,15 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import care
-import data
-import run
-import shapes
 import train
 from care import InputError
-from conftest import (HERE, SMALL, Code, images, memory, refused, same_encoder, same_log,
+from common import data, shapes
+from common import run as run_module
+from conftest import (ROOT, SMALL, Code, images, memory, refused, same_encoder, same_log,
                       single_thread, slow, start, steps, torchrun, train_small, wait_for_step)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,7 +26,7 @@ KNOWN = ["resnet18" if flag == "thin" else flag for flag in SMALL]  # to process
 LONG = [*SMALL, "--workers", "1", "--epochs", "8", "--save-every", "2"]  # 32 steps
 
 
-# ------------------------------------------------------------------------------ resuming, and ranks
+# ----------------------------------------------------------------------------------------- resuming
 def test_same_losses_for_any_number_of_workers(reference, tmp_path):
     for workers in (1, 2):
         train_small(tmp_path / f"{workers}", "--workers", workers)
@@ -156,92 +149,33 @@ def test_rank_0_reads_for_all(two_ranks, tmp_path):
     assert torch.load(folders[1] / "run" / "last.pth", weights_only=True)["step"] == 1
 
 
+def test_the_schedule_ends_a_run(tmp_path):
+    """A larger --max-steps, and as many as there are."""
+    assert len(train_small(tmp_path / "more", "--max-steps", 99)) == 8
+    assert len(train_small(tmp_path / "equal", "--max-steps", 8)) == 8
+
+
+@pytest.mark.parametrize("signalled", [None, 3, 4])
+def test_the_end_says_how_to_go_on(signalled, tmp_path, monkeypatch, capsys):
+    """--max-steps 4 is reached, without a signal or with one in the last step; or one in step 3."""
+    calls, pretrain_step = [], train.pretrain_step
+
+    def step(*args, **named):
+        calls.append(0)
+        if len(calls) == signalled:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pretrain_step(*args, **named)
+
+    monkeypatch.setattr(train, "pretrain_step", step)
+    train_small(tmp_path, "--max-steps", 4)
+    shown = capsys.readouterr().out.splitlines()[-1]
+    if signalled == 3:
+        assert shown == f"{tmp_path}: step 3 of 8: stopped, the same command goes on"
+    else:
+        assert shown == (f"{tmp_path}: step 4 of 8: as --max-steps says; with a larger one, or "
+                         "without it, the same command goes on")
+
 # --------------------------------------------------------------------- mistakes of users, and slips
-def test_bad_data(tmp_path, capsys):
-    flags = [*SMALL, "--out", tmp_path / "run", "--data"]
-    refused(capsys, *flags, tmp_path / "nowhere", match="nowhere: no such folder")
-    (tmp_path / "empty").mkdir()
-    refused(capsys, *flags, tmp_path / "empty", match="no images")
-    images(tmp_path / "few", 3)
-    refused(capsys, *flags, tmp_path / "few", match="3 images, fewer than --batch-size 8")
-    refused(capsys, *flags, "shapes:many", match="number of training images")
-    refused(capsys, *flags, tmp_path / "few", "--batch-size", 2, "--knn-every", 1, match="few")
-
-
-@pytest.mark.parametrize("flags, match", [
-    (["--batch-size", 9, "--accum-steps", 2], "--batch-size 9: must be a multiple of 1 ranks x 2"),
-    (["--batch-size", 1], "at least 2 images"),
-    (["--image-size", 48], "multiples of 32"),
-    (["--image-size", 36, "--stem", "cifar"], "multiples of 8"),
-    (["--image-size", 32, 32, 32], "one or two numbers"),
-    (["--precision", "fp16"], "fp16 needs a GPU"),
-    (["--warmup-epochs", 2], "--warmup-epochs 2: must be below --epochs 2"),
-    (["--method", "sequential", "--tap", "conv4"], "sequential always reads conv5"),
-    (["--method", "sequential", "--detach-trunk"], "sequential always reads conv5"),
-    (["--arch", "alexnet"], "invalid choice"),
-    (["--lam", 5], "unrecognized arguments"),
-])
-def test_bad_arguments(flags, match, tmp_path, capsys):
-    refused(capsys, *SMALL, "--out", tmp_path, *flags, match=match)
-
-
-class Parser(Exception):
-    """Carries the parser of a script out of it."""
-
-
-def parser_of(script):
-    """The argument parser of a script, as it is when the command line is read."""
-    def caught(parser, *_):
-        raise Parser(parser)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", caught)
-        with pytest.raises(Parser) as found:
-            script.main([])
-    return found.value.args[0]
-
-
-def just_outside(action):
-    """The nearest values that run.RANGES does not allow a flag."""
-    interval, = (key for key, names in run.RANGES.items() if action.dest in names)
-    low, high = map(float, interval[1:-1].split(","))
-    if action.type is int:
-        return [str(int(low) - 1)]
-    outside = [low if interval.startswith("(") else low - 1e-9]
-    if high < math.inf:
-        outside.append(high if interval.endswith(")") else high + 1e-9)
-    return [f"{value:.9f}" for value in outside]
-
-
-@pytest.mark.parametrize("name", ["train", "bench", "linear_eval", "semi_eval", "detect_eval",
-                                  "visualize", "miniature"])
-def test_every_number_has_a_range(name, tmp_path, capsys):
-    """Not a number, infinite, or just outside of run.RANGES: one line and exit code 2."""
-    script = importlib.import_module(name)
-    actions, required = parser_of(script)._actions, []
-    for action in actions:
-        if action.required:
-            required += [action.option_strings[-1], "1" if action.type is int else "random"]
-    numbers = [action for action in actions if action.type in (int, float)]
-    assert len(numbers) >= 2
-    for action in numbers:
-        flag = action.option_strings[-1]
-        outside = ["0"]  # where there are choices
-        if not action.choices:
-            outside = just_outside(action)
-        for value in ("nan", "inf", *outside):
-            values = [value] * (action.nargs if isinstance(action.nargs, int) else 1)
-            line = refused(capsys, *required, flag, *values, script=script)
-            assert re.search(f"{flag}:? .*(must lie in|invalid int|invalid choice)", line), line
-
-
-def test_a_slip_in_the_model_is_a_traceback(tmp_path, monkeypatch):
-    """Not the one line that users get for their own mistakes."""
-    monkeypatch.setattr(care, "map_shapes", lambda *_: [(1, 2), (3, 4)])
-    with pytest.raises(ValueError, match="unpack"):
-        train_small(tmp_path)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("error, code", [
     (ValueError("a slip"), None), (KeyError("a slip"), None),
@@ -305,22 +239,6 @@ def test_unreadable_images_are_replaced_and_counted(tmp_path, capsys):
     assert "2 of 12 images cannot be read" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_hostile_images(tmp_path):
-    """One pixel, very wide, very tall, a decompression bomb: replaced or used, never a crash."""
-    for name, size in (("one", (1, 1)), ("wide", (20_000, 3)), ("tall", (3, 20_000)),
-                       ("bomb", (20_000, 20_000)), ("plain", (50, 40))):
-        Image.new("1", size).save(tmp_path / f"{name}.png")
-    files = data.ImageFiles(str(tmp_path))
-    stream = data.Stream(files, data.TwoViews((32, 32)), 0, len(files))
-    bad = set()
-    for n in range(len(files)):
-        (views, parameters), _, unreadable = stream[n]
-        assert views.shape == (2, 3, 32, 32)
-        assert torch.isfinite(data.augment(views, parameters)).all()
-        bad |= {files.name(index) for index, _ in unreadable}
-    assert bad == {"bomb.png"}
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
     train_small(tmp_path, "--max-steps", 3)
     good = (tmp_path / "last.pth").read_bytes()
@@ -358,7 +276,7 @@ def test_statistics_that_are_not_finite_are_never_saved(tmp_path, capsys, monkey
             match="step 3: loss or weights not finite")
     result = torchrun(2, "train.py", *SMALL, "--out", tmp_path / "two", "--save-every", 2,
                       before=infinite_variance)
-    assert result.codes == [1, 1] and result.stderr.count("error: step 3") == 1, result.stderr
+    assert result.codes == [1, 1] and result.stderr.count(": step 3: ") == 1, result.stderr
     for name in ("one", "two"):
         assert torch.load(tmp_path / name / "last.pth", weights_only=True)["step"] == 2
 
@@ -380,72 +298,7 @@ def test_nothing_broken_is_saved_on_a_signal(tmp_path, capsys, monkeypatch):
             match="step 3: loss or weights not finite")
     assert not (tmp_path / "last.pth").exists()
 
-
-def no_data_on_rank_1():
-    def open_images(*args, **named):
-        raise InputError("a mistake on rank 1 alone")
-
-    if os.environ["RANK"] == "1":
-        train.open_images = open_images
-
-
-def another_seed_on_rank_1():
-    def parse_args(argv=None):
-        args = parse(argv)
-        args.seed = 7
-        return args
-
-    parse = train.parse_args
-    if os.environ["RANK"] == "1":
-        train.parse_args = parse_args
-
-
-@pytest.mark.parametrize("before, line", [
-    (no_data_on_rank_1, "error: a mistake on rank 1 alone"),
-    (another_seed_on_rank_1, "error: seed: rank 0 has 0, rank 1 has 7"),
-    (None, "error: images: rank 0 has 8, rank 1 has 9"),
-])
-def test_a_mistake_of_one_rank_is_one_line_and_all_end(before, line, tmp_path):
-    """Raised on one rank, or seen by comparison; each has data of its own, in its own folder."""
-    folders = [images(tmp_path / f"{count}" / "set", count).parent for count in (8, 9)]
-    result = torchrun(2, "train.py", *SMALL, "--data", "set", "--out", tmp_path / "run",
-                      before=before, folders=folders)
-    assert result.codes == [2, 2] and result.stderr.splitlines() == [line], result.stderr
-
-
-def test_launchers_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    refused(capsys, *SMALL, "--out", tmp_path,
-            match="a rank, but without WORLD_SIZE, MASTER_ADDR, MASTER_PORT: use torchrun")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(capsys, *SMALL, "--out", tmp_path, match="without MASTER_ADDR, MASTER_PORT: ")
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
-        refused(capsys, *SMALL, "--out", tmp_path, match="does another run use MASTER_PORT")
-
-
-def test_share_of_cores():
-    """torchrun's ranks share their host's mask, Slurm's tasks have their own."""
-    def host(name, cores):
-        return {"host": name, "cores": list(cores), "gpu": None}
-
-    shared = [host("a", range(16))] * 4 + [host("b", range(16))] * 2
-    assert [run.share_of_cores(shared, rank) for rank in range(6)] == [4, 4, 4, 4, 8, 8]
-    own = [host("a", range(12)), host("a", range(12, 24)), host("b", range(12))]
-    assert [run.share_of_cores(own, rank) for rank in range(3)] == [12, 12, 12]
-    assert run.share_of_cores([host("a", range(2))] * 8, 5) == 1
-
-
-def test_choose_backend():
-    """NCCL needs a GPU of its own for each rank: counted by UUID, as each may see but one."""
-    assert run.choose_backend(["GPU-1", "GPU-2", "GPU-3"]) == "cpu:gloo,cuda:nccl"
-    assert run.choose_backend(["GPU-1", "GPU-2", "GPU-1"]) == "gloo"
-    assert run.choose_backend([None, None]) == run.choose_backend(["GPU-1", None]) == "gloo"
-
-
+# -------------------------------------------------------------------------------------------- disks
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     """One warning, and the run goes on; any other refusal ends it."""
     def refusal(number):
@@ -454,14 +307,14 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
         return lockf
 
     for number in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-        monkeypatch.setattr(run.fcntl, "lockf", refusal(number))
-        run.open_run(tmp_path / "run")
+        monkeypatch.setattr(run_module.fcntl, "lockf", refusal(number))
+        run_module.open_directory(tmp_path / "run")
         assert capsys.readouterr().err == (
             f"warning: {tmp_path}/run/lock: no locks here ({os.strerror(number)}): no other run "
             "may use this directory\n")
     assert train_small(tmp_path / "run", "--max-steps", 1)[-1]["step"] == 1
     for number, match in ((errno.EAGAIN, "another process"), (errno.EIO, "Input/output error")):
-        monkeypatch.setattr(run.fcntl, "lockf", refusal(number))
+        monkeypatch.setattr(run_module.fcntl, "lockf", refusal(number))
         capsys.readouterr()
         refused(capsys, *SMALL, "--out", tmp_path / "run", match=match)
 
@@ -518,21 +371,22 @@ def test_an_outage_of_one_ranks_disk(tmp_path):
 def test_a_full_disk_leaves_the_last_checkpoint(reference, tmp_path, capsys, monkeypatch):
     train_small(tmp_path, "--max-steps", 3)
     good, flags = (tmp_path / "last.pth").read_bytes(), [*SMALL, "--out", tmp_path]
-    write_whole, full = train.write_whole, OSError(errno.ENOSPC, "No space left on device")
+    write_whole, full = run_module.write_whole, OSError(errno.ENOSPC, "No space left on device")
 
     def fail(*_):
         raise full
 
     def fail_at_last(path, content):
-        return fail() if "last" in str(path) else write_whole(path, content)
+        return fail() if Path(path).name == "last.pth" else write_whole(path, content)
 
     def fail_to_add(path, mode="r"):
         return fail() if mode == "a" else open(path, mode)
 
     for place, name, function, code, match in (
             (os, "fsync", fail, 2, "No space left"),  # the log cannot be opened
-            (train, "write_whole", fail_at_last, 1, f"cannot write to {tmp_path} .*No space left"),
-            (run, "open", fail_to_add, 1, "cannot write .*log.jsonl .*No space left")):
+            (run_module, "write_whole", fail_at_last, 1,
+             f"cannot write to {tmp_path} .*No space left"),
+            (run_module, "open", fail_to_add, 1, "cannot write .*log.jsonl .*No space left")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, function, raising=False)
             refused(capsys, *flags, code=code, match=match)
@@ -547,7 +401,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(reference, tmp_path, capsys, mon
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     """Until the last moment the old one is there, whatever stops the new one."""
-    run.write_whole(tmp_path / "file", b"old")
+    run_module.write_whole(tmp_path / "file", b"old")
 
     def stop(*_):
         assert (tmp_path / "file").read_bytes() == b"old"
@@ -557,16 +411,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, stop)
             with pytest.raises(KeyboardInterrupt):
-                run.write_whole(tmp_path / "file", b"new")
+                run_module.write_whole(tmp_path / "file", b"new")
         assert (tmp_path / "file").read_bytes() == b"old"
-    run.write_whole(tmp_path / "file", b"new")
+    run_module.write_whole(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
 def test_an_unwritable_directory(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     refused(capsys, *SMALL, "--out", tmp_path / "file" / "run", match="Not a directory")
-
 
 # ----------------------------------------------------------- signals, kills: processes of their own
 @pytest.fixture(scope="module")
@@ -592,7 +445,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(long_reference, tmp_path):
         assert process.exitcode == 0
         before, done = done, saved_step(out)
         assert before + 3 <= done < 32 and steps(out)[-1]["step"] == done
-        endings.append(f"step {done} of 32: stopped, the same command goes on")
+        endings.append(f"{out}: step {done} of 32: stopped, the same command goes on")
     shown = Path(f"{out}.out").read_text().splitlines()
     assert shown[2::3] == endings and Path(f"{out}.err").read_text() == ""
     train.main([*LONG, "--out", str(out)])
@@ -600,7 +453,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(long_reference, tmp_path):
 
 
 def wait_for_signals():
-    run.catch_signals()
+    run_module.catch_signals()
     print("up", flush=True)
     time.sleep(1)
     time.sleep(60)
@@ -625,7 +478,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
 
 
 def hold(out):
-    lock = run.open_run(out)
+    lock = run_module.open_directory(out)
     print("up", lock.name, flush=True)
     time.sleep(60)
 
@@ -651,7 +504,7 @@ def test_a_signal_to_one_rank_stops_all(two_ranks, tmp_path):
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0], Path(f"{out}.err").read_text()
     done = saved_step(out)
-    assert f"step {done} of 8: stopped" in Path(f"{out}.out").read_text() and done < 8
+    assert f"{out}: step {done} of 8: stopped" in Path(f"{out}.out").read_text() and done < 8
     assert torchrun(2, "train.py", *flags, "--out", out).codes == [0, 0]
     assert same_log(out, whole) and same_encoder(out, whole)
 
@@ -660,7 +513,7 @@ def launch(output, ranks, *command):
     """Start a script under the real torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     with open(output, "w") as file:
-        return subprocess.Popen([*launcher, str(ranks), *map(str, command)], cwd=HERE, stdout=file,
+        return subprocess.Popen([*launcher, str(ranks), *map(str, command)], cwd=ROOT, stdout=file,
                                 stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -683,7 +536,7 @@ def test_torchrun_passes_sigterm_on(tmp_path):
     assert process.wait(60) != 0
     done = saved_step(out)
     assert steps(out)[-1]["step"] == done < 400
-    assert f"step {done} of 400: stopped" in (tmp_path / "output").read_text()
+    assert f"{out}: step {done} of 400: stopped" in (tmp_path / "output").read_text()
 
 
 def kill_and_resume(out, kills, reference):

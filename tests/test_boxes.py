@@ -1,5 +1,4 @@
-"""detect_data.py, and the scores of detect_eval.py: annotations as people have them, VOC, COCO."""
-import contextlib
+"""boxes.py, and the scores of detect_eval.py: annotations as people have them, VOC, COCO."""
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +13,11 @@ from torch.utils.data import Dataset
 from torchvision.models.detection import roi_heads
 
 import care
-import data
-import detect_data
+from common import data
+import common.boxes
 import detect_eval
-from conftest import CPU
-from shapes import mask_box
+from conftest import bare_run
+from common.shapes import mask_box
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROTOCOLS = ("voc-c4", "coco-c4", "coco-fpn")
@@ -30,19 +29,17 @@ def detector(protocol, classes=10, size=64, rois=8, arch="thin"):
 
 
 def scenes(count, split="train", size=64):
-    return detect_data.Scenes(split, count, size)
+    return common.boxes.Scenes(split, count, size)
 
 
 def batch(source, count=2):
-    pairs = [detect_data.as_tensors(source[index][0]) for index in range(count)]
+    pairs = [common.boxes.as_tensors(source[index][0]) for index in range(count)]
     return [image for image, _ in pairs], [target for _, target in pairs]
 
 
 def evaluate(model, source, protocol, rank=0, world=1):
     args = SimpleNamespace(protocol=protocol, batch_size=2, seed=0, workers=0)
-    run = SimpleNamespace(rank=rank, world=world, device=CPU, stopping=[],
-                          autocast=contextlib.nullcontext())
-    return detect_eval.evaluate(model, source, args, run)
+    return detect_eval.evaluate(bare_run(args, rank, world), args, model, source)
 
 
 def voc_thing(name, box, difficult="0", more=""):
@@ -143,7 +140,7 @@ def test_flip_and_resize_keep_boxes_inside_and_masks_aligned():
     source, sizes = scenes(12, size=128), set()
     for index in range(len(source)):
         pair = source[index][0]
-        plain, mirrored = detect_data.as_tensors(pair), detect_data.as_tensors(pair, flip=1.0)
+        plain, mirrored = common.boxes.as_tensors(pair), common.boxes.as_tensors(pair, flip=1.0)
         assert torch.equal(mirrored[0], plain[0].flip(-1))
         assert torch.equal(plain[1]["boxes"], pair[1]["boxes"])
         for box, mask in zip(mirrored[1]["boxes"], mirrored[1]["masks"].numpy()):
@@ -163,8 +160,8 @@ def test_flip_and_resize_keep_boxes_inside_and_masks_aligned():
 
 
 def test_flips_are_drawn_half_the_time_and_belong_to_the_sample():
-    stream = data.Stream(scenes(1), lambda pair: detect_data.as_tensors(pair, flip=0.5), 0, 1)
-    plain = detect_data.as_tensors(stream.source[0][0])[0]
+    stream = data.Stream(scenes(1), lambda pair: common.boxes.as_tensors(pair, flip=0.5), 0, 1)
+    plain = common.boxes.as_tensors(stream.source[0][0])[0]
     flips = [not torch.equal(stream[n][0][0], plain) for n in range(40)]
     assert 10 < sum(flips) < 30
     assert flips == [not torch.equal(stream[n][0][0], plain) for n in range(40)]
@@ -187,14 +184,14 @@ def test_scenes_are_functions_of_split_and_index():
 
 
 def test_scenes_in_their_numbers():
-    source, val = detect_data.open_sources("shapes:7", "coco-c4")
+    source, val = common.boxes.open_sources("shapes:7", "coco-c4")
     assert len(source) == 7 and len(val) == 200
     assert source[0][0][0].size == val[0][0][0].size == (128, 128)
     assert not np.array_equal(source[0][0][0], val[0][0][0])
 
 
 def test_voc_reader(tmp_path):
-    source, val = detect_data.open_sources(str(voc_tree(tmp_path)), "voc-c4")
+    source, val = common.boxes.open_sources(str(voc_tree(tmp_path)), "voc-c4")
     paths = [source.path(index) for index in range(len(source))]
     assert [Path(path).stem for path in paths] == ["000001", "000002", "000003", "000004"]
     assert "VOC2012" in paths[3]
@@ -215,7 +212,7 @@ def test_voc_reader(tmp_path):
 def test_coco_reader(tmp_path, capsys):
     content = coco_content()
     del content["annotations"][5]["iscrowd"]  # missing: 0
-    source, val = detect_data.open_sources(str(coco_tree(tmp_path, content)), "coco-c4")
+    source, val = common.boxes.open_sources(str(coco_tree(tmp_path, content)), "coco-c4")
     assert capsys.readouterr().out == ""
     assert source.classes == val.classes == ["car", "toothbrush"]  # by id: 3, 90
     assert [Path(source.path(i)).stem[-2:] for i in range(len(source))] == ["07", "12"]
@@ -243,7 +240,7 @@ def test_compressed_run_lengths_are_the_mask_that_they_encode(tmp_path):
     content = coco_content()
     content["annotations"][0] |= {"bbox": [30, 5, 10, 15], "segmentation": {
         "size": code["size"], "counts": code["counts"].decode()}}
-    source, _ = detect_data.open_sources(str(coco_tree(tmp_path, content)), "coco-fpn")
+    source, _ = common.boxes.open_sources(str(coco_tree(tmp_path, content)), "coco-fpn")
     assert np.array_equal(source[0][0][1]["masks"][0], inside)
 
 
@@ -258,8 +255,8 @@ def test_labels_are_matched_by_name(ids, order, tmp_path):
     content["categories"] = [categories[number] for number in order]
     changed = coco_tree(tmp_path / "changed", val=content)
     usual = coco_tree(tmp_path / "usual")
-    source, val = detect_data.open_sources(str(changed), "coco-c4")
-    _, expected = detect_data.open_sources(str(usual), "coco-c4")
+    source, val = common.boxes.open_sources(str(changed), "coco-c4")
+    _, expected = common.boxes.open_sources(str(usual), "coco-c4")
     assert val.classes == source.classes
     for index in range(len(val)):
         assert torch.equal(val[index][0][1]["labels"], expected[index][0][1]["labels"])
@@ -271,7 +268,7 @@ def test_val_may_lack_a_category(tmp_path):
     content = coco_content()
     content["categories"] = content["categories"][:1]
     content["annotations"] = [one for one in content["annotations"] if one["category_id"] == 90]
-    source, val = detect_data.open_sources(str(coco_tree(tmp_path, val=content)), "coco-c4")
+    source, val = common.boxes.open_sources(str(coco_tree(tmp_path, val=content)), "coco-c4")
     assert val.classes == source.classes and val[0][0][1]["labels"].tolist() == [2]
 
 
@@ -326,7 +323,7 @@ def test_mistakes_in_coco_are_refused_before_training(split, change, match, tmp_
     change(content)
     coco_tree(tmp_path, **{split: content})
     with pytest.raises(care.InputError, match=match) as caught:
-        detect_data.open_sources(str(tmp_path), "coco-fpn")
+        common.boxes.open_sources(str(tmp_path), "coco-fpn")
     assert "\n" not in str(caught.value)
 
 
@@ -342,18 +339,18 @@ def test_mistakes_in_voc_are_refused_before_training(text, match, tmp_path):
     path = voc_tree(tmp_path) / "VOCdevkit/VOC2007/Annotations/000003.xml"  # of val alone
     path.write_text(f"<annotation>{text}</annotation>")
     with pytest.raises(care.InputError, match=match):
-        detect_data.open_sources(str(tmp_path), "voc-c4")
+        common.boxes.open_sources(str(tmp_path), "voc-c4")
 
 
 def test_voc_without_objects_to_find_is_refused(tmp_path):
     listed = voc_tree(tmp_path) / "VOCdevkit/VOC2007/ImageSets/Main/test.txt"
     listed.write_text("000002\n")
     with pytest.raises(care.InputError, match="no object to find"):
-        detect_data.open_sources(str(tmp_path), "voc-c4")
+        common.boxes.open_sources(str(tmp_path), "voc-c4")
 
 
 def test_an_image_of_another_size_than_its_annotations_is_refused(tmp_path):
-    source, _ = detect_data.open_sources(str(coco_tree(tmp_path)), "coco-c4")
+    source, _ = common.boxes.open_sources(str(coco_tree(tmp_path)), "coco-c4")
     Image.new("RGB", (48, 60)).save(source.path(1))
     with pytest.raises(care.InputError, match=r"12.jpg: of \(48, 60\) .* for \(60, 48\)"):
         source[1]
@@ -361,8 +358,8 @@ def test_an_image_of_another_size_than_its_annotations_is_refused(tmp_path):
 
 # ---------------------------------------------------------------------------------------- scoring
 def test_ground_truth_fed_back_scores_one(tmp_path):
-    coco = detect_data.open_sources(str(coco_tree(tmp_path / "coco")), "coco-c4")[1]
-    voc = detect_data.open_sources(str(voc_tree(tmp_path / "voc")), "voc-c4")[1]
+    coco = common.boxes.open_sources(str(coco_tree(tmp_path / "coco")), "coco-c4")[1]
+    voc = common.boxes.open_sources(str(voc_tree(tmp_path / "voc")), "voc-c4")[1]
     pairs = [("coco-c4", coco), ("coco-fpn", scenes(5, "val")), ("voc-c4", voc),
              ("voc-c4", scenes(5, "val"))]
     for protocol, source in pairs:
@@ -382,7 +379,7 @@ def test_scores_fall_as_boxes_move_and_masks_stay(protocol):
 
 
 def test_coco_crowds_are_neither_found_nor_missed(tmp_path):
-    _, source = detect_data.open_sources(str(coco_tree(tmp_path)), "coco-c4")
+    _, source = common.boxes.open_sources(str(coco_tree(tmp_path)), "coco-c4")
     truth, found = [], []
     for index in range(len(source)):
         target = source[index][0][1]
@@ -600,5 +597,5 @@ def test_running_statistics_score(monkeypatch):
     model.register_forward_hook(lambda module, inputs, out: seen.extend(out))
     model.train()
     evaluate(model, source, "voc-c4")
-    alone = model([detect_data.as_tensors(source[3][0])[0]])[0]
+    alone = model([common.boxes.as_tensors(source[3][0])[0]])[0]
     torch.testing.assert_close(seen[3]["boxes"], alone["boxes"], rtol=1e-4, atol=1e-3)

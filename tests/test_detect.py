@@ -16,11 +16,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import Subset
 
 import care
-import detect_data
+import common.boxes
+import common.run
 import detect_eval
 from conftest import header, refused, same_log, steps, torchrun
-from run import open_encoder
-from test_detect_data import (PROTOCOLS, Oracle, batch, coco_tree, detector, evaluate, scenes,
+from common.weights import load_encoder, sha256_of
+from test_boxes import (PROTOCOLS, Oracle, batch, coco_tree, detector, evaluate, scenes,
                               voc_tree)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -280,7 +281,7 @@ def test_the_protocol_is_mocos(protocol, falls, watched, tmp_path, monkeypatch):
     flips = []
     for images in watched.batches:
         for image, number in images:
-            plain, _ = detect_data.as_tensors(source[number][0])
+            plain, _ = common.boxes.as_tensors(source[number][0])
             flips.append(not torch.equal(image, plain))
     found["INPUT.RANDOM_FLIP"] = 0.5 if 0.4 < np.mean(flips) < 0.6 else np.mean(flips)
 
@@ -321,7 +322,7 @@ def test_export_to_detectron2(arch, blocks, convs, tmp_path):
     for value in encoder.state_dict().values():
         if value.is_floating_point():
             value.uniform_(-1, 1)
-    care.save_encoder(encoder, tmp_path / "encoder.pth")
+    torch.save(encoder.state_dict(), tmp_path / "encoder.pth")
     detect_eval.main(["--pretrained", str(tmp_path / "encoder.pth"),
                       "--export-detectron2", str(tmp_path / "out.pkl")])
     content = pickle.loads((tmp_path / "out.pkl").read_bytes())
@@ -387,7 +388,7 @@ def few(monkeypatch):
 @pytest.mark.parametrize("protocol, iterations", [("voc-c4", 4), ("coco-c4", 4), ("coco-fpn", 2)])
 def test_a_run_resumes_exactly_and_scores(protocol, iterations, few, tmp_path, capsys, monkeypatch):
     encoder = care.Encoder("thin")
-    care.save_encoder(encoder, tmp_path / "encoder.pth")
+    torch.save(encoder.state_dict(), tmp_path / "encoder.pth")
     flags = ["--pretrained", tmp_path / "encoder.pth", "--protocol", protocol, "--data", "shapes:5",
              "--iterations", iterations, "--min-size", 64, 96]
     whole = detect(tmp_path / "whole", *flags)
@@ -402,17 +403,16 @@ def test_a_run_resumes_exactly_and_scores(protocol, iterations, few, tmp_path, c
         assert ("loss_mask" in line) == (protocol != "voc-c4")
 
     with monkeypatch.context() as patch:  # a signal while scoring
-        patch.setattr(detect_eval, "catch_signals", lambda: [signal.SIGTERM])
+        patch.setattr(common.run, "catch_signals", lambda: [signal.SIGTERM])
         detect(tmp_path / "whole", *flags)
-    whole_run = f"step {iterations} of {iterations}"
-    assert capsys.readouterr().out.endswith(f"after {whole_run}; the same command goes on\n")
+    assert capsys.readouterr().out.endswith("stopped while scoring; the same command goes on\n")
 
     torch.rand(7)  # the random state outside the script does not matter
     half = iterations // 2
     detect(tmp_path / "cut", *flags, "--max-steps", half)
     assert capsys.readouterr().out.endswith(
-        f"stopped after step {half} of {iterations}, as --max-steps says; the same command goes on "
-        "with a larger one, or without it\n")
+        f"cut: step {half} of {iterations}: as --max-steps says; with a larger one, or without it, "
+        "the same command goes on\n")
     detect(tmp_path / "cut", *flags)
     assert same_log(tmp_path / "cut", tmp_path / "whole")
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -426,14 +426,14 @@ def test_a_run_resumes_exactly_and_scores(protocol, iterations, few, tmp_path, c
 def test_the_last_line_tells_all(few, tmp_path, capsys):
     """What it takes to repeat a run, and which scores these are."""
     encoder = tmp_path / "encoder.pth"
-    care.save_encoder(care.Encoder("thin"), encoder)
+    torch.save(care.Encoder("thin").state_dict(), encoder)
     detect(tmp_path / "run", "--pretrained", encoder, "--data", "shapes:5", "--iterations", 1,
            "--seed", 3, "--min-size", 32, 64)
     printed = capsys.readouterr().out.splitlines()[-1]
     result = json.loads(printed)
     expected = {
         "metric": "VOC07, 11 points of recall", "protocol": "voc-c4", "protocol_version": 1,
-        "encoder": str(encoder), "sha256": open_encoder(encoder, None, None, seed=0)[1],
+        "encoder": str(encoder), "sha256": sha256_of(load_encoder(encoder)),
         "arch": "thin", "data": "shapes:5", "images": 5, "val_images": 3, "iterations": 1,
         "batch_size": 2, "lr": 0.002, "min_size": [32, 64], "max_size": 1333, "rois": 4, "seed": 3,
         "precision": "fp32", "world_size": 1, "torch": torch.__version__,
@@ -467,10 +467,10 @@ def test_a_signal_stops_training_with_a_checkpoint(few, tmp_path, capsys, monkey
         received.append(signal.SIGTERM)
         return plain(*rest, **named)
 
-    monkeypatch.setattr(detect_eval, "catch_signals", lambda: received)
+    monkeypatch.setattr(common.run, "catch_signals", lambda: received)
     monkeypatch.setattr(detect_eval, "train_step", train_step)
     detect(tmp_path, "--data", "shapes:4", "--iterations", 3)
-    assert "stopped after step 1 of 3; the same command goes on" in capsys.readouterr().out
+    assert "step 1 of 3: stopped, the same command goes on" in capsys.readouterr().out
     assert torch.load(tmp_path / "last.pth", weights_only=True)["step"] == 1
 
 
@@ -520,16 +520,16 @@ def test_ranks_score_all_images_together(tmp_path):
     (["--data", "nowhere"], "no such folder"),
     (["--data", "shapes:no"], "number of training images"),
     (["--data", "shapes:1"], "--batch-size 2: must be .* at most 1, the number of training images"),
-    (["--lr", 0], r"--lr 0.0: must lie in \(0, inf\)"),
+    (["--lr", 0], "--lr: 0: must be a number above 0"),
     (["--min-size", 16], "--min-size"),
     (["--min-size", 100], "multiple of 32"),
-    (["--min-size", 2016], "--min-size 2016"),
-    (["--iterations", 0], "--iterations 0"),
-    (["--rois", 0], "--rois 0"),
-    (["--batch-size", 0], "--batch-size 0"),
+    (["--min-size", 2016], "--min-size: 2016: must be a multiple of 32, up to 1333"),
+    (["--iterations", 0], "--iterations: 0: must be a whole number of at least 1"),
+    (["--rois", 0], "--rois: 0: must be a whole number of at least 1"),
+    (["--batch-size", 0], "--batch-size: 0: must be a whole number of at least 1"),
     (["--protocol", "voc-fpn"], "invalid choice"),
     (["--pretrained", "nofile.pth"], "nofile.pth"),
-    (["--log-every", 0], "--log-every 0"),
+    (["--log-every", 0], "--log-every: 0: must be a whole number of at least 1"),
 ])
 def test_bad_arguments(flags, match, tmp_path, capsys):
     refused(capsys, *SMALL, "--data", "shapes:4", "--max-steps", 1, "--out", tmp_path / "run",
@@ -541,9 +541,9 @@ def test_bad_encoders_and_folders(tmp_path, capsys):
         refused(capsys, *SMALL, "--data", "shapes:4", "--max-steps", 1, "--out", tmp_path / "run",
                 *flags, match=match, script=detect_eval)
 
-    care.save_encoder(care.Encoder("resnet18", "cifar"), tmp_path / "cifar.pth")
+    torch.save(care.Encoder("resnet18", "cifar").state_dict(), tmp_path / "cifar.pth")
     check("--arch", "resnet18", "--pretrained", tmp_path / "cifar.pth", match="stem")
-    care.save_encoder(care.Encoder("resnet34"), tmp_path / "34.pth")
+    torch.save(care.Encoder("resnet34").state_dict(), tmp_path / "34.pth")
     check("--arch", "resnet18", "--pretrained", tmp_path / "34.pth", match="arch resnet18")
     check("--export-detectron2", tmp_path / "no" / "out.pkl", match="no/out.pkl")
     (tmp_path / "empty").mkdir()
@@ -573,7 +573,7 @@ def test_a_missing_image_ends_a_run_in_one_line_after_a_checkpoint(workers, tmp_
 def test_a_picture_that_no_one_can_decode_cannot_be_scored(tmp_path, capsys):
     voc_tree(tmp_path)
     (tmp_path / "VOCdevkit/VOC2007/JPEGImages/000003.jpg").write_bytes(b"no image")
-    _, val = detect_data.open_sources(str(tmp_path), "voc-c4")
+    _, val = common.boxes.open_sources(str(tmp_path), "voc-c4")
     with pytest.raises(SystemExit) as caught:
         evaluate(detector("voc-c4", classes=20), val, "voc-c4")
     error = capsys.readouterr().err
@@ -598,10 +598,11 @@ def test_without_pycocotools(tmp_path, capsys, monkeypatch):
     refused(capsys, *SMALL, "--data", "shapes:4", "--max-steps", 1, "--out", tmp_path / "run",
             match="pip install pycocotools", script=detect_eval)
     assert not (tmp_path / "run").exists()
-    for script in (detect_eval, detect_data):
+    for script in (detect_eval, common.boxes):
         text = Path(script.__file__).read_text()
         assert not re.search("^(import|from) pycocotools", text, re.MULTILINE)
-    care.save_encoder(care.Encoder("thin"), tmp_path / "encoder.pth")  # exporting does without
+    # exporting does without
+    torch.save(care.Encoder("thin").state_dict(), tmp_path / "encoder.pth")
     detect_eval.main(["--pretrained", str(tmp_path / "encoder.pth"),
                       "--export-detectron2", str(tmp_path / "out.pkl")])
     assert (tmp_path / "out.pkl").exists()

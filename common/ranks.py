@@ -1,0 +1,191 @@
+"""Ranks: joining them, their hardware, what they exchange, and errors that end all of them.
+
+Ranks are torchrun's: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Without them, every
+function here also works for a single process.
+"""
+import contextlib
+import ctypes
+import json
+import os
+import sys
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from care import InputError
+
+
+# ------------------------------------------------------------------------------------------ joining
+def join_ranks():
+    """Join torchrun's process group -> rank, world, device, and how many cores this rank has.
+
+    NCCL where every rank has a GPU of its own, else gloo. Exit code 2 when the launcher's variables
+    are incomplete or its port is taken.
+    """
+    wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in wanted if name not in os.environ]
+    if missing and ("RANK" in os.environ or "WORLD_SIZE" in os.environ):
+        fail(f"started as a rank, but without {', '.join(missing)}: use torchrun, or set all of "
+             f"{', '.join(wanted)} (and LOCAL_RANK)")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    else:
+        keep_memory()
+    mine = own_hardware(device)
+    ranks = enter_group(rank, world, mine) if world > 1 else [mine]
+    return rank, world, device, share_of_cores(ranks, rank)
+
+
+def enter_group(rank, world, mine):
+    """Enter the process group. mine: this rank's hardware -> every rank's, by rank."""
+    try:
+        store, _, _ = next(dist.rendezvous("env://"))
+    except dist.DistNetworkError as error:
+        reason = str(error).splitlines()[0][:120]
+        fail(f"rank {rank}: no meeting ({reason}); does another run use MASTER_PORT?")
+    store.set(f"care/{rank}", json.dumps(mine))
+    ranks = [json.loads(store.get(f"care/{other}")) for other in range(world)]
+    backend = choose_backend([other["gpu"] for other in ranks])
+    if backend == "gloo" and mine["gpu"] and rank == 0:
+        print(f"warning: {world} ranks share GPUs: they speak over gloo, slowly", file=sys.stderr)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    return ranks
+
+
+def choose_backend(gpus):
+    """NCCL, with gloo for the CPU, where each rank's GPU, by its UUID, is its own; else gloo."""
+    own = None not in gpus and len(set(gpus)) == len(gpus)
+    return "cpu:gloo,cuda:nccl" if own else "gloo"
+
+
+def own_hardware(device):
+    """This process's host, the cores on which it may run, and its GPU, if any, by its UUID."""
+    limited = hasattr(os, "sched_getaffinity")  # elsewhere a process may run on every core
+    cores = sorted(os.sched_getaffinity(0)) if limited else list(range(os.cpu_count()))
+    gpu = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else None
+    return {"host": os.uname().nodename, "cores": cores, "gpu": gpu and str(gpu)}
+
+
+def share_of_cores(ranks, rank):
+    """A rank's cores, divided by the ranks of its host that may use them too.
+
+    torchrun's ranks share all of the node's, Slurm's tasks have their own.
+    """
+    mine = ranks[rank]
+    sharing = [other for other in ranks if other["host"] == mine["host"]
+               and not set(other["cores"]).isdisjoint(mine["cores"])]
+    return max(1, len(mine["cores"]) // len(sharing))
+
+
+def keep_memory():
+    """Let glibc keep freed memory for the next step: fresh pages take a third of a CPU's step."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large tensor
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back to the system
+
+
+def leave_ranks():
+    """Leave the process group, all ranks at the same time."""
+    if dist.is_initialized():
+        dist.barrier()  # no rank takes the group away from one that is still in it
+        dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------- exchange
+def agree(flag):
+    """The largest of the ranks' integers; without torchrun, the integer itself."""
+    flag = torch.tensor(int(flag))
+    if dist.is_initialized():
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return int(flag)
+
+
+def gather(value):
+    """Every rank's value, by rank; each must call this. Without torchrun, a list of the one."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def is_rank_0():
+    """Whether this process prints, reads checkpoints and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def average(meters):
+    """Scalars on the device, by name -> floats, averaged over the ranks. Waits for the device."""
+    values = torch.stack([value.detach() for value in meters.values()]).float()
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return dict(zip(meters, values.tolist()))
+
+
+def take_buffers_of_rank_0(model):
+    """On a CPU batch norms are not synchronised: running statistics are each rank's own."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+# ------------------------------------------------------------------------------------------- errors
+def fail(message, code=2):
+    """One line on stderr (from the first rank of each node) and out."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def note(message):
+    """One line on stderr, from rank 0."""
+    if is_rank_0():
+        print(f"note: {message}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def user_errors(code=2, what=""):
+    """A mistake in the input, or a refusal of the system, on any rank: one line, and all ranks end.
+
+    Only InputError and OSError: a slip is a traceback. Inside, ranks exchange nothing else.
+    """
+    message = None
+    try:
+        yield
+    except (InputError, OSError) as error:
+        message = f"{what}{error}"
+    if agree(message is not None):  # one number a batch; texts are exchanged only if there is one
+        messages = [one for one in gather(message) if one is not None]
+        fail(messages[0], code)
+
+
+def same_on_all_ranks(**facts):
+    """Exit code 2, naming both values, unless all ranks have the same ones."""
+    ranks = gather(facts)
+    for name in facts:
+        for rank, other in enumerate(ranks):
+            if other[name] != ranks[0][name]:
+                fail(f"{name}: rank 0 has {ranks[0][name]}, rank {rank} has {other[name]}")
+
+
+# ----------------------------------------------------------------------------------------- training
+def parallelise(model, device):
+    """What to call in training: the model, or its DDP, with batch norms synchronised on GPUs."""
+    if not dist.is_initialized():
+        return model
+    if device.type == "cuda":
+        # release: the transformer's batch norms are per GPU. here: all are synchronised
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: no model is itself a batch norm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions rename broadcast_buffers
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False,
+                                                   gradient_as_bucket_view=True)

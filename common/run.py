@@ -1,0 +1,506 @@
+"""How a script runs: one class, `Run`, its arguments, and what its directory holds.
+
+A run's directory holds last.pth (what resuming needs, written whole or not at all), log.jsonl (a
+line of arguments and versions, then one per logged step) and lock (held by a live process). The
+same command again resumes from last.pth. Run knows no model, no views and no protocol.
+"""
+import argparse
+import atexit
+import contextlib
+import copy
+import errno
+import fcntl
+import io
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import torch
+import torch.distributed as dist
+import torchvision
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from care import InputError
+from common.data import (NAMED_SETS, Failed, Stream, collate, file_of, recipe_of, stream_batches)
+from common.ranks import (agree, average, fail, gather, join_ranks, leave_ranks,
+                          same_on_all_ranks, user_errors)
+from common.weights import check_state, load_checkpoint
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+MOST_WORKERS = 16  # loading processes per rank unless --workers asks for more
+SCORING_BATCH = 256  # images that are scored at a time, over all ranks
+
+
+# ---------------------------------------------------------------------------------------- arguments
+def new_parser(doc):
+    """An argument parser with a script's docstring as its description."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
+    parser.error = fail
+    return parser
+
+
+def checked(kind, wanted, fits):
+    """A type= of argparse: kind(text) where that fits; else an error that says what is wanted."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if fits(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
+
+    return parse
+
+
+count = checked(int, "a whole number of at least 1", lambda value: value >= 1)
+natural = checked(int, "a whole number of at least 0", lambda value: value >= 0)
+positive = checked(float, "a number above 0", lambda value: 0 < value < math.inf)
+not_negative = checked(float, "a number of at least 0", lambda value: 0 <= value < math.inf)
+fraction = checked(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+
+
+def add_data_arguments(add):
+    """--data, --data-root, --image-size: for every script that reads images."""
+    add("--data", default="imagenet", metavar="PATH|NAME",
+        help="folder with train/ and val/ (to pretrain: any folder of images), or one of "
+             f"{', '.join(NAMED_SETS)}; shapes:N, clutter:N: of N images (default ./imagenet)")
+    add("--data-root", default="data", metavar="DIR",
+        help="where cifar10, stl10 and imagenette are downloaded to (default ./data)")
+    add("--image-size", type=count, nargs="+", metavar="PX",
+        help="height, width: multiples of 32, of 8 with a cifar stem (default: by --data)")
+
+
+def add_run_arguments(add):
+    """--precision, --workers, --seed, --log-every, --max-steps, --out: for all that train."""
+    add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
+        help="auto: bf16, fp16 with a scaler on GPUs that lack it, fp32 on a CPU")
+    add("--workers", type=natural,
+        help=f"loading processes a rank (default: its share of the cores, up to {MOST_WORKERS}; on "
+             "a CPU 0)")
+    add("--seed", type=natural, default=0, help="of weights, order and views (default 0)")
+    add("--log-every", type=count, default=10, metavar="STEPS",
+        help="between log lines (default 10)")
+    add("--max-steps", type=count, metavar="N",
+        help="stop with a checkpoint after step N; schedules stay those of the whole run")
+    add("--out", help="run directory (default: under runs/); a run in it is resumed")
+
+
+def use_recipe(args, names):
+    """Fill in, by --data's recipe, which of `names` were not given; image_size: [height, width]."""
+    recipe = recipe_of(args.data)
+    for name in names:
+        if getattr(args, name) is None:
+            setattr(args, name, recipe[name])
+    sides = args.image_size if isinstance(args.image_size, list) else [args.image_size]
+    if len(sides) > 2:
+        fail(f"--image-size takes one or two numbers, not {len(sides)}")
+    args.image_size = [sides[0], sides[-1]]
+
+
+# ---------------------------------------------------------------------------------------------- Run
+class Diverged(SystemExit):
+    """A loss or a weight is not finite: unless caught, one line on stderr and exit code 1."""
+
+
+class Run:
+    """A script's handle on ranks, device, precision, and the directory, log and checkpoints.
+
+    rank, world: of torchrun. device, autocast, scaler: by the hardware and --precision. out: the
+    directory. step: optimiser steps done, of `total`; training ends at `stop`. lines: what the log
+    had before this start, on rank 0.
+    """
+
+    def __init__(self, args, free):
+        """Join the ranks, pick device and precision, catch signals, open and lock args.out.
+
+        free: names of arguments that may differ when a run is resumed. Fills in args.workers and
+        args.precision. Exit code 2 for what does not work on this machine.
+        """
+        self.args, self.free, self.out = args, free, args.out
+        self.signals = catch_signals()
+        self.rank, self.world, self.device, cores = join_ranks()
+        if args.workers is None:
+            args.workers = min(MOST_WORKERS, cores) if self.device.type == "cuda" else 0
+        self.autocast, self.scaler = set_precision(args, self.device)
+        with user_errors():
+            if self.rank == 0 and self.out is not None:
+                self.lock = open_directory(self.out)
+
+    def within(self, args):
+        """The same ranks and device with other arguments, in args.out, a directory below."""
+        other = copy.copy(self)
+        other.args, other.out = args, args.out
+        other.autocast, other.scaler = set_precision(args, self.device)
+        with user_errors():
+            if self.rank == 0:
+                Path(args.out).mkdir(parents=True, exist_ok=True)
+        return other
+
+    def same_arguments(self):
+        """Exit code 2 unless all ranks have the same arguments, except the free ones."""
+        arguments = vars(self.args).items()
+        same_on_all_ranks(**{name: value for name, value in arguments if name not in self.free})
+
+    # ------------------------------------------------------------------------------- training
+    def restore(self, parts, total, save_every, exports=None, defaults=None, **more):
+        """Load `parts`, by name, from last.pth and begin the log -> steps done, 0 without a file.
+
+        total: steps of the whole run. exports: modules whose weights are also written to files of
+        their own, by file name. defaults: what an argument was before it existed. more: plain
+        values for the checkpoint. Rank 0 reads for all, so that all resume from the same step.
+        Exit code 2 when the file is damaged, or of a run in which another argument differs.
+        """
+        self.same_arguments()
+        self.parts, self.exports, self.more = parts | {"scaler": self.scaler}, exports or {}, more
+        path, checkpoint = Path(self.out) / "last.pth", None
+        with user_errors():
+            if self.rank == 0 and path.exists():
+                checkpoint = load_checkpoint(path)
+                check_same_run(path, checkpoint, vars(self.args), self.parts, self.free,
+                               defaults or {})
+        if self.world > 1:
+            handed_on = [checkpoint]
+            dist.broadcast_object_list(handed_on, 0, device=torch.device("cpu"))
+            checkpoint = handed_on[0]
+        self.step, self.known = 0, ()
+        if checkpoint is not None:
+            for name, part in self.parts.items():
+                part.load_state_dict(checkpoint[name])
+            self.step, self.known = checkpoint["step"], checkpoint["unreadable"]
+        self.total, self.save_every, self.saved = total, save_every, self.step
+        self.stop = min(total, self.args.max_steps or total)
+        self.lines = self.begin_log()
+        self.bar = tqdm(total=self.stop, initial=self.step, unit="step",
+                        disable=self.rank > 0 or None)
+        self.shown = {}
+        return self.step
+
+    def batches(self, stream, batch_size, accum_steps=1, collate=collate, numbers=stream_batches):
+        """Yields a step's number and its batches, one an accumulation step, from where it stands.
+
+        All ranks end together: at `stop`, on a signal, or when data cannot be read on any of them.
+        Then what is done is saved, and an error is one line and exit code 2.
+        """
+        self.batch_size, self.unreadable = batch_size, Unreadable(stream, self.known)
+        self.logged, self.logged_at = self.step, time.time()
+        sampler = numbers(self.step, self.stop, batch_size, self.rank, self.world, accum_steps)
+        loaded = load_batches(stream, sampler, self.args.workers, self.device, collate)
+        failure = None
+        for step in range(self.step, self.stop):
+            batches = []
+            try:
+                for _ in range(accum_steps):
+                    batches.append(next(loaded))
+            except (InputError, OSError) as error:
+                failure = error
+            if agree(bool(self.signals) or failure is not None):
+                break
+            for *_, bad in batches:
+                self.unreadable.note(bad)
+            yield step, [batch[:-1] for batch in batches]
+        self.bar.close()
+        self.save()
+        with user_errors():
+            if failure is not None:
+                raise failure
+
+    def after(self, done, meters, keep=None, **fields):
+        """Step `done` has been made: log and save when due. Every rank calls this.
+
+        meters: scalars on the device, by name, averaged over the ranks for the log; fields: what
+        else the log's line holds; keep: name of a checkpoint of this step that stays. Diverged when
+        meters, weights or statistics are not finite, checked before each line and checkpoint.
+        """
+        self.step, self.meters = done, meters
+        self.bar.update()
+        if done % self.args.log_every == 0 or done == self.total:
+            values, unreadable = self.check()
+            seconds, self.logged_at = time.time() - self.logged_at, time.time()
+            rate, self.logged = (done - self.logged) * self.batch_size / seconds, done
+            speed = {"images/s": round(rate, 2), "memory_gib": round(memory_gib(self.device), 2)}
+            self.log({"step": done, **fields, **values, **speed, "unreadable": unreadable})
+            self.show(**{name: f"{value:.3f}" for name, value in values.items()})
+        if keep:
+            self.save(keep)
+        if done % self.save_every == 0 or done == self.stop:
+            self.save()
+
+    def check(self):
+        """-> the last step's meters as floats, averaged, and how many images are unreadable.
+
+        Diverged unless meters, parameters and floating-point buffers are finite.
+        """
+        values = average(self.meters)
+        floats = [tensor for tensor in self.parts["model"].state_dict().values()
+                  if tensor.is_floating_point()]
+        norms = torch.stack(torch._foreach_norm(floats))
+        finite = bool(norms.isfinite().all()) and all(map(math.isfinite, values.values()))
+        if agree(not finite):
+            text = ", ".join(f"{name} {value:g}" for name, value in values.items())
+            message = (f"error: {self.out}: step {self.step}: loss or weights not finite ({text}); "
+                       "the last good checkpoint stays")
+            raise Diverged(message if self.rank == 0 else 1)
+        return values, self.unreadable.count()
+
+    def save(self, name="last"):
+        """Write the exports, then NAME.pth: a step in last.pth has all files."""
+        if name == "last" and self.step == self.saved:
+            return
+        self.check()
+        for file, module in self.exports.items():
+            self.write(file, {key: value.cpu() for key, value in module.state_dict().items()})
+        state = {part: self.parts[part].state_dict() for part in self.parts}
+        state |= {"step": self.step, "args": vars(self.args),
+                  "unreadable": sorted(self.unreadable.known)}
+        self.write(f"{name}.pth", state | self.more)
+        if name == "last":
+            self.saved = self.step
+
+    def unfinished(self):
+        """Why training ended before its last step, and what to type next; "" at its end."""
+        if self.step == self.total:
+            return ""
+        most, where = self.args.max_steps, f"{self.out}: step {self.step} of {self.total}"
+        if most and self.step > most:
+            return f"{where}: already beyond --max-steps {most}"
+        if self.step == most:
+            return (f"{where}: as --max-steps says; with a larger one, or without it, the same "
+                    "command goes on")
+        return f"{where}: stopped, the same command goes on"
+
+    # -------------------------------------------------------------------------------- scoring
+    def in_order(self, source, transform, what, batch_size=SCORING_BATCH, collate=collate):
+        """This rank's share of a data set, once, in order: yields collate's batches, less `bad`.
+
+        A signal ends it early, after as many batches on all ranks: ask `stopping` behind it. Exit
+        code 2 if an image cannot be read.
+        """
+        stream = Stream(source, transform, self.args.seed, len(source), shuffle=False)
+        unreadable = Unreadable(stream)
+        share, size = range(self.rank, len(source), self.world), max(1, batch_size // self.world)
+        numbers = [share[i:i + size] for i in range(0, len(share), size)]
+        loaded = load_batches(stream, numbers, self.args.workers, self.device, collate)
+        most = agree(len(numbers))  # other ranks may have one more
+        for _ in tqdm(range(most), desc=what, leave=False, disable=self.rank > 0 or None):
+            with user_errors():
+                batch = next(loaded, None)
+            if self.stopping():
+                return
+            if batch is not None:
+                unreadable.note(batch[-1])
+                yield batch[:-1]
+        if unreadable.count():
+            fail(f"{what} cannot be scored without the images named above")
+
+    def stopping(self):
+        """Whether a signal has asked any rank to stop. Every rank calls this."""
+        return bool(agree(bool(self.signals)))
+
+    # ----------------------------------------------------------------------- output, and the end
+    def write(self, name, state):
+        """Write a file of the directory by torch.save, from rank 0; exit code 1 if the disk fails.
+
+        Whole or not at all, serialised in memory before the file is touched.
+        """
+        with user_errors(1, f"cannot write to {self.out} (what was there before stays): "):
+            if self.rank == 0:
+                write_whole(f"{self.out}/{name}", as_bytes(torch.save, state))
+
+    def begin_log(self):
+        """Begin log.jsonl, or cut it after `step`, and add a header -> lines kept, on rank 0."""
+        path, kept = Path(self.out) / "log.jsonl", []
+        with user_errors():
+            if self.rank == 0:
+                if self.step and path.exists():
+                    kept = [line for line in read_lines(path) if line.get("step", 0) <= self.step]
+                header = {"args": vars(self.args), "steps": self.total, "resumed_at": self.step,
+                          **versions(self.world, self.device)}
+                text = "".join(json.dumps(line) + "\n" for line in [*kept, header])
+                write_whole(path, text.encode())
+        return kept
+
+    def log(self, fields):
+        """Append a line to log.jsonl, from rank 0; exit code 1 if the disk refuses."""
+        path = Path(self.out) / "log.jsonl"
+        with user_errors(1, f"cannot write {path} (what was there before stays): "):
+            if self.rank == 0:
+                with open(path, "a") as file:
+                    file.write(json.dumps(fields) + "\n")
+
+    def show(self, **texts):
+        """Add texts to those beside the progress bar."""
+        self.shown |= texts
+        self.bar.set_postfix(self.shown, refresh=False)
+
+    def finish(self, message):
+        """Print the last lines, on rank 0, and leave the ranks."""
+        if self.rank == 0:
+            print(message)
+        leave_ranks()
+
+
+# ------------------------------------------------------------------------------- precision, signals
+def set_precision(args, device):
+    """Resolve --precision auto -> autocast context and gradient scaler, idle where not needed."""
+    if args.precision == "fp16" and device.type == "cpu":
+        fail("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
+    if args.precision == "auto" and device.type == "cpu":
+        args.precision = "fp32"
+    elif args.precision == "auto":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bf16" if bf16 else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[args.precision]
+    autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
+    return autocast, torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+
+
+def catch_signals():
+    """-> a list, empty until one of STOP_SIGNALS asks to save and stop; a second ends at once."""
+    received = []
+
+    def handler(number, frame):
+        received.append(number)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, handler)
+    return received
+
+
+def ignore_signals(worker):
+    """In a worker process: the main process decides when to stop."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------------------------ the directory
+def open_directory(out):
+    """Create and lock the run directory, remove half-written files. -> the lock, to be kept."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / "lock", "w")  # noqa: SIM115  open as long as the run
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # POSIX: surviving workers hold nothing
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise InputError(f"--out {out}: another process is running in this directory") from None
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print(f"warning: {lock.name}: no locks here ({error.strerror}): no other run may use this "
+              "directory", file=sys.stderr)
+    for leftover in out.glob("*.tmp"):
+        leftover.unlink()
+    return lock
+
+
+def check_same_run(path, checkpoint, now, parts, free, defaults):
+    """InputError unless this checkpoint belongs to a run with the arguments `now`, a dict."""
+    keys = checkpoint if isinstance(checkpoint, dict) else ()
+    missing = {"args", "step", "unreadable", *parts}.difference(keys)
+    if missing:
+        raise InputError(f"{path}: not a checkpoint of this script, without "
+                         f"{', '.join(sorted(missing))}")
+    then = defaults | checkpoint["args"]
+    names = {name for name in {*then, *now} if then.get(name) != now.get(name)}
+    moved = names & {"data", "images"} == {"data"} and Path(now["data"]).is_dir()
+    if moved and then["data"].partition(":")[0] not in NAMED_SETS:
+        names.remove("data")
+    changed = [f"{name} was {then.get(name)}, is {now.get(name)}"
+               for name in sorted(names.difference(free))]
+    if changed:
+        raise InputError(f"{path}: of another run ({'; '.join(changed)}); repeat its arguments or "
+                         "choose another --out")
+    if moved and os.path.realpath(then["data"]) != os.path.realpath(now["data"]):
+        print(f"note: the data has moved from {then['data']} to {now['data']}", file=sys.stderr)
+    check_state(path, checkpoint["model"], parts["model"].state_dict())
+
+
+def as_bytes(save, *what):
+    """What save(*what, file) writes, as bytes: serialised in memory before a file is touched."""
+    buffer = io.BytesIO()
+    save(*what, buffer)
+    return buffer.getbuffer()
+
+
+def write_whole(path, content):
+    """Write bytes to a file, whole or not at all: a temporary file, fsync, rename."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_lines(path):
+    """The lines of a log, as dicts; one that was cut short is left out."""
+    lines = []
+    for text in Path(path).read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def versions(world, device):
+    """What a log's first line says about the machine."""
+    threads = f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    return {"torch": torch.__version__, "torchvision": torchvision.__version__,
+            "numpy": numpy.__version__, "world_size": world, "device": name}
+
+
+def memory_gib(device):
+    """Peak memory of this process so far, in GiB: of the GPU, else resident (in Linux's unit)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+# ------------------------------------------------------------------------------------------ loading
+def load_batches(dataset, sampler, workers, device, collate_fn=collate):
+    """Batches of a Stream; an InputError or OSError of whichever process reads is raised here."""
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate_fn,
+                        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+    atexit.register(kill_workers)
+    for batch in loader:
+        if isinstance(batch, Failed):
+            raise batch.error
+        yield batch
+
+
+def kill_workers():
+    """At exit after a slip: workers ignore the SIGTERM after which Python waits for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would complain
+    for worker in torch.multiprocessing.active_children():
+        worker.kill()
+
+
+class Unreadable:
+    """Images that could not be decoded, each named once with the reason; too many end the run."""
+
+    def __init__(self, dataset, known=()):
+        self.dataset, self.known = dataset, set(known)
+
+    def note(self, bad):
+        """Take in a batch's pairs of an image's index and why it cannot be decoded."""
+        for index, reason in bad:
+            if index not in self.known:
+                self.known.add(index)
+                print(f"warning: cannot read {file_of(self.dataset.source, index)} ({reason}), "
+                      "taking the next image", file=sys.stderr)
+
+    def count(self):
+        """How many, over all ranks, each of which calls this. Exit code 2 beyond 1 % (and one)."""
+        self.known = set().union(*gather(self.known))
+        images = len(self.dataset.source)
+        if len(self.known) > max(1, images / 100):
+            fail(f"{len(self.known)} of {images} images cannot be read: mend those named above")
+        return len(self.known)

@@ -1,0 +1,381 @@
+"""linear_eval.py: its protocol, its runs end to end, and what it refuses."""
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import care
+import common.run as run_module
+import linear_eval
+from care import Encoder
+from common import data
+from common.weights import open_encoder, sha256_of
+from conftest import (RANDOM, SGD, check_head, check_views, class_folders, cosine, final_line,
+                      images, photo, refused, signal_after_step, steps, stopped, torchrun,
+                      train_small)
+
+pytestmark = pytest.mark.usefixtures("few_validation_images")
+LINEAR = ["--image-size", "32", "--workers", "0", "--log-every", "1", "--data", "shapes:60",
+          "--batch-size", "20", "--epochs", "2", "--head", "linear-bn"]
+
+
+def evaluated(capsys, out, *flags):
+    """Run linear_eval.py in this process -> its final line."""
+    return final_line(capsys, linear_eval, *LINEAR, "--out", out, *flags)
+
+
+def stop_early(capsys, out, *flags):
+    """Run linear_eval.py, which stops before its end -> its last line on stdout."""
+    return stopped(capsys, linear_eval, *LINEAR, "--out", out, *flags)
+
+
+def refuse(capsys, match, *flags):
+    return refused(capsys, *LINEAR, *flags, match=match, script=linear_eval)
+
+
+@pytest.fixture(scope="module")
+def encoder_file(tmp_path_factory):
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("encoder") / "encoder.pth"
+    torch.save(Encoder("thin").state_dict(), path)
+    return path
+
+
+# ---------------------------------------------------------------------------- protocol and settings
+@pytest.mark.parametrize("kind, batch_size", [("linear-bn", 256), ("linear", 64)])
+def test_the_linear_protocol_is_the_papers(kind, batch_size, recorded, tmp_path, capsys):
+    """SGD, momentum 0.9, no decay, 0.2 x B / 256, cosine per step (paper, Sec. 4.2; release)."""
+    flags = [*RANDOM, "--data", "shapes:270", "--batch-size", batch_size, "--head", kind]
+    result = evaluated(capsys, tmp_path, *flags, "--epochs", 3)
+    count = 3 * (270 // batch_size)
+    optimizer, = recorded.optimizers
+    group, = optimizer.param_groups
+    assert {key: group[key] for key in (*SGD, "nesterov")} == SGD | {"nesterov": False}
+    assert optimizer.rates == [[pytest.approx(rate)]
+                               for rate in cosine(0.2 * batch_size / 256, count)]
+    check_head(optimizer.initial[0], kind)
+    check_views(recorded, batch_size, steps=count)
+    assert not any(training for _, _, training in recorded.batches)  # the encoder's batch norms
+    assert (result["lr"], result["batch_size"], result["epochs"]) == (0.2, batch_size, 3)
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ([], {"lr": 0.2, "epochs": 80, "batch_size": 256, "head": "linear-bn",
+          "labels": None, "data": "imagenet", "image_size": [224, 224]}),
+    (["--data", "shapes"], {
+        "lr": 0.2, "epochs": 40, "batch_size": 256, "head": "linear", "labels": 1000,
+        "image_size": [32, 32]}),
+    (["--data", "cifar10"], {"epochs": 80, "labels": None, "image_size": [32, 32]}),
+])
+def test_defaults_are_the_papers_and_the_recipes(flags, expected):
+    args = vars(linear_eval.parse_args(["--pretrained", "random", *flags]))
+    assert {key: args[key] for key in expected} == expected
+
+
+# --------------------------------------------------------------------------------------------- runs
+def test_linear_evaluation(encoder_file, tmp_path, capsys):
+    """The final line holds all that is needed to repeat it."""
+    out = encoder_file.parent / "linear"
+    linear_eval.main([*LINEAR, "--pretrained", str(encoder_file), "--seed", "4"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    expected = {
+        "encoder": str(encoder_file), "arch": "thin", "stem": "imagenet", "data": "shapes:60",
+        "val": None, "protocol": "linear", "protocol_version": linear_eval.PROTOCOL_VERSION,
+        "head": "linear-bn", "lr": 0.2, "epochs": 2, "batch_size": 20, "labels": 60, "seed": 4,
+        "precision": "fp32", "image_size": [32, 32], "torch": torch.__version__,
+        "world_size": 1}
+    assert {key: result[key] for key in expected} == expected
+    assert len(result["sha256"]) == 64 and "torchvision" in result and "device" in result
+    assert 0 <= result["top1"] <= result["top5"] <= 100
+    assert [line["step"] for line in steps(out)] == [1, 2, 3, 4, 5, 6]
+    assert [line["lr"] for line in steps(out)] == [[pytest.approx(rate)]
+                                                   for rate in cosine(0.2 * 20 / 256, 6)]
+    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert last["top1"] == result["top1"] and last["args"]["sha256"] == result["sha256"]
+    saved = torch.load(out / "classifier.pth", weights_only=True)
+    assert saved["state"]["0.weight"].shape == (10, Encoder("thin").dim5)
+
+
+def test_losses_and_training_top_1_are_logged_as_they_are(tmp_path, capsys, monkeypatch):
+    seen, cross_entropy = [], F.cross_entropy
+
+    def watch(scores, labels):
+        loss = cross_entropy(scores, labels)
+        seen.append((100 * (scores.argmax(1) == labels).float().mean().item(), loss.item()))
+        return loss
+
+    monkeypatch.setattr(F, "cross_entropy", watch)
+    evaluated(capsys, tmp_path, *RANDOM, "--data", "shapes:100", "--lr", 5.0)
+    for line, (top1, loss) in zip(steps(tmp_path), seen, strict=True):
+        assert line["train_top1"] == pytest.approx(top1, abs=1e-4)
+        assert line["loss"] == pytest.approx(loss, abs=1e-6)
+
+
+def test_every_encoder_file_has_a_folder_of_its_own():
+    names = ("encoder.pth", "last.pth", "epoch0100.pth", "100_ckpt.pth.tar")
+    folders = [linear_eval.default_out(f"a/{name}", "linear") for name in names]
+    assert folders == ["a/linear", "a/linear", "a/linear_epoch0100", "a/linear_100_ckpt"]
+
+
+def test_a_run_that_diverges_is_one_line(tmp_path):
+    """Exit code 1; neither a checkpoint of the broken step nor a classifier is left."""
+    flags = [*LINEAR, *RANDOM, "--head", "linear", "--lr", 4e39, "--out", tmp_path]
+    result = torchrun(1, "linear_eval.py", *flags)
+    assert result.codes == [1]
+    assert "top1" not in result.stdout and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"error: {tmp_path}: step ")
+    assert "loss or weights not finite (loss " in result.stderr
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_linear_evaluation_resumes(tmp_path, capsys):
+    whole = evaluated(capsys, tmp_path / "whole", *RANDOM)
+    line = stop_early(capsys, tmp_path / "parts", *RANDOM, "--max-steps", 4)
+    assert f"{tmp_path / 'parts'}: step 4 of 6: as --max-steps says" in line
+    assert stop_early(capsys, tmp_path / "parts", *RANDOM, "--max-steps", 4) == line
+    assert evaluated(capsys, tmp_path / "parts", *RANDOM) == whole
+    for a, b in zip(steps(tmp_path / "whole"), steps(tmp_path / "parts"), strict=True):
+        assert [a[key] for key in ("step", "lr", "loss", "train_top1")] == [
+            b[key] for key in ("step", "lr", "loss", "train_top1")]
+    a, b = (torch.load(tmp_path / name / "classifier.pth", weights_only=True)["state"]
+            for name in ("whole", "parts"))
+    assert all(map(torch.equal, a.values(), b.values()))
+
+
+@pytest.fixture
+def finished(tmp_path, capsys):
+    evaluated(capsys, tmp_path / "finished", *RANDOM)
+    return tmp_path / "finished"
+
+
+def test_another_protocol_or_encoder_does_not_go_on(finished, encoder_file, capsys):
+    for flags, match in (
+            (["--seed", 1], "seed was 0, is 1"),
+            (["--labels", 30], "labels was"),
+            (["--lr", 0.1], "lr was 0.2, is 0.1"),
+            (["--head", "linear"], "head was linear-bn, is linear"),
+            (["--pretrained", encoder_file], "sha256 was")):
+        refuse(capsys, match, *RANDOM, "--out", finished, *flags)
+
+
+def test_a_run_of_an_older_protocol_does_not_go_on(finished, tmp_path, capsys):
+    """Arguments that a checkpoint lacks count as defaults; the version is not one of them."""
+    saved = torch.load(finished / "last.pth", weights_only=True)
+    del saved["args"]["protocol_version"]
+    torch.save(saved, tmp_path / "last.pth")
+    refuse(capsys, "protocol_version was 1, is", *RANDOM, "--out", tmp_path)
+
+
+def test_what_does_not_change_the_training_may_change(finished, tmp_path, capsys):
+    flags = ["--log-every", 5, "--val", class_folders(tmp_path / "val", data.Shapes.classes)]
+    result = evaluated(capsys, finished, *RANDOM, *flags)
+    assert len(steps(finished)) == 6 and result["val"] == str(tmp_path / "val")
+
+
+def test_the_frozen_check_sees_one_bit(tmp_path, capsys, monkeypatch):
+    fit = linear_eval.fit
+
+    def fit_and_nudge(run, args, model, *rest):
+        fit(run, args, model, *rest)
+        model.encoder.bn1.running_var[3] += 1e-7
+
+    monkeypatch.setattr(linear_eval, "fit", fit_and_nudge)
+    with pytest.raises(SystemExit) as caught:
+        evaluated(capsys, tmp_path, *RANDOM)
+    assert caught.value.code == 1
+    assert "1 tensors, first bn1.running_var" in capsys.readouterr().err
+    assert not (tmp_path / "classifier.pth").exists()
+
+
+def test_a_saved_classifier_is_scored_again(encoder_file, tmp_path, capsys, monkeypatch):
+    """Without training: the same score and protocol; on other images by --val, matched by name."""
+    flags = ["--pretrained", encoder_file]
+    trained = evaluated(capsys, tmp_path / "out", *flags, "--seed", 5)
+    monkeypatch.setattr(linear_eval, "fit", None)
+    again = evaluated(capsys, tmp_path / "out", *flags, "--evaluate", "--epochs", 99)
+    classifier = str(tmp_path / "out" / "classifier.pth")
+    assert again == trained | {"classifier": classifier}
+    elsewhere = evaluated(capsys, tmp_path / "b", *flags, "--evaluate", classifier)
+    assert elsewhere["top1"] == trained["top1"] and elsewhere["seed"] == 5
+
+    names = data.Shapes.classes
+    source = data.open_images("shapes", "val", size=32)
+    for number, name in enumerate(names):
+        (tmp_path / "named" / name).mkdir(parents=True)
+        (tmp_path / "numbered" / str(number)).mkdir(parents=True)
+        for index in range(number, 100, 10):
+            source[index][0].save(tmp_path / "named" / name / f"{index}.png")
+            source[index][0].save(tmp_path / "numbered" / str(number) / f"{index}.png")
+    for folder in ("named", "numbered"):
+        found = evaluated(capsys, tmp_path / "out", *flags, "--evaluate",
+                          "--val", tmp_path / folder)
+        assert (found["top1"], found["top5"]) == (trained["top1"], trained["top5"])
+
+    refuse(capsys, "not a classifier that was trained on random", *RANDOM, "--evaluate", classifier,
+           "--out", tmp_path / "c")
+    refuse(capsys, "No such file", *flags, "--evaluate", "--out", tmp_path / "c")
+    refuse(capsys, "not allowed with", *flags, "--evaluate", "--knn", "--out", tmp_path / "c")
+    torch.save({"sha256": again["sha256"], "classes": ["a"]}, tmp_path / "other.pth")
+    refuse(capsys, "other classes than those of shapes:60", *flags, "--out", tmp_path / "c",
+           "--evaluate", tmp_path / "other.pth")
+
+
+def test_folders_of_another_validation_set(tmp_path):
+    """By name in any order; by number as in ImageNet-V2, where 10 sorts before 2."""
+    classes = [f"class {letter}" for letter in "abcdefghijkl"]
+    numbered = class_folders(tmp_path / "numbered", map(str, range(12)), count=1)
+    source = linear_eval.open_val(numbered, classes)
+    for index in range(12):
+        assert source.targets[index] == int(Path(source.path(index)).parent.name)
+    named = class_folders(tmp_path / "named", ["x", "y", "z"])
+    source = linear_eval.open_val(named, ["z", "x", "y"])
+    assert source.classes == ["z", "x", "y"] and source.targets.tolist() == [1, 1, 2, 2, 0, 0]
+    assert source[5][1] == 0
+    digits = class_folders(tmp_path / "digits", ["0", "10", "2"])
+    assert linear_eval.open_val(digits, ["0", "10", "2"]).targets.tolist() == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(care.InputError, match="differ from the 2 classes in 1 names, first z"):
+        linear_eval.open_val(tmp_path / "named", ["x", "y"])
+    with pytest.raises(care.InputError, match="differ"):
+        linear_eval.open_val(numbered, [f"c{i}" for i in range(11)])
+
+
+def test_one_classifier_for_last_and_encoder_files(tmp_path, capsys):
+    """A classifier belongs to an encoder's tensors, not to a file's bytes."""
+    train_small(tmp_path, "--max-steps", 1)
+    shas = [sha256_of(open_encoder(tmp_path / name, None, None, 0))
+            for name in ("encoder.pth", "last.pth")]
+    assert shas[0] == shas[1]
+    other = Encoder("thin")
+    state = torch.load(tmp_path / "encoder.pth", weights_only=True)
+    state["layer4.0.bn2.running_var"][0] += 1e-6
+    other.load_state_dict(state)
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    assert sha256_of(open_encoder(tmp_path / "other.pth", None, None, 0)) != shas[0]
+
+
+def test_labels_flag_reaches_linear_and_knn(tmp_path, capsys):
+    result = evaluated(capsys, tmp_path / "a", *RANDOM, "--labels", 40)
+    assert result["labels"] == 40 and steps(tmp_path / "a")[-1]["step"] == 4
+    result = evaluated(capsys, tmp_path / "b", *RANDOM, "--labels", 40, "--knn")
+    found = [result[key] for key in ("protocol", "k", "temperature", "labels")]
+    assert found == ["knn", 20, 0.07, 40] and "head" not in result
+    assert 10 < result["top1"] <= result["top5"] <= 100 and "top5_k200" in result
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_linear_evaluation_on_two_ranks(few_validation_images, tmp_path, capsys, monkeypatch):
+    """The standard head has no batch norm: two ranks train and score as one process does."""
+    flags = [*RANDOM, "--head", "linear", "--lr", "0.3", "--data", "shapes:100"]
+    result = torchrun(2, "linear_eval.py", *LINEAR, *flags, "--out", tmp_path / "two")
+    assert result.returncode == 0, result.stderr
+    monkeypatch.setattr(data, "open_images", few_validation_images)  # as the ranks: all of val
+    one = evaluated(capsys, tmp_path / "one", *flags)
+    two = json.loads(result.stdout.splitlines()[-1])
+    assert len(steps(tmp_path / "one")) == len(steps(tmp_path / "two")) == 10
+    for a, b in zip(steps(tmp_path / "one"), steps(tmp_path / "two")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["train_top1"] == pytest.approx(b["train_top1"], abs=5.1)  # an image of 20
+    assert one["top1"] == pytest.approx(two["top1"], abs=0.21) and two["world_size"] == 2
+
+
+# ------------------------------------------------------------------------------- signals, bad input
+def test_a_signal_while_training(tmp_path, capsys):
+    """It saves and stops; the same command goes on."""
+    with signal_after_step(1):
+        line = stop_early(capsys, tmp_path, *RANDOM)
+    assert line == f"{tmp_path}: step 1 of 6: stopped, the same command goes on"
+    assert torch.load(tmp_path / "last.pth", weights_only=True)["step"] == 1
+    assert "top1" in evaluated(capsys, tmp_path, *RANDOM)
+    assert [line["step"] for line in steps(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_signal_while_scoring_knn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_module, "catch_signals", lambda: [signal.SIGTERM])
+    line = stop_early(capsys, tmp_path, *RANDOM, "--knn")
+    assert line == "stopped while scoring; the same command goes on"
+    monkeypatch.setattr(run_module, "catch_signals", list)
+    assert "top1" in evaluated(capsys, tmp_path, *RANDOM, "--knn")
+    assert not list(tmp_path.rglob("last.pth"))
+
+
+def test_a_signal_while_scoring_val(tmp_path, capsys, monkeypatch):
+    received, fit = [], linear_eval.fit
+
+    def fit_and_stop(*arguments):
+        fit(*arguments)
+        received.append(signal.SIGTERM)
+
+    monkeypatch.setattr(run_module, "catch_signals", lambda: received)
+    monkeypatch.setattr(linear_eval, "fit", fit_and_stop)
+    line = stop_early(capsys, tmp_path, *RANDOM)
+    assert line == "stopped while scoring; the same command goes on"
+    assert not (tmp_path / "classifier.pth").exists()
+
+
+@pytest.mark.parametrize("match, flags", [
+    ("up to 60", ["--batch-size", 100]),
+    ("multiples of 32", ["--image-size", 40]),
+    ("--lr: 0: must be a number above 0", ["--lr", 0]),
+    ("--epochs: 0: must be a whole number of at least 1", ["--epochs", 0]),
+    ("fewer than the 10 classes|--labels 3", ["--labels", 3]),
+    ("at least 2 images on each rank", ["--batch-size", 1]),
+    ("--pretrained: none.pth: no such file", ["--pretrained", "none.pth"]),
+])
+def test_bad_arguments_of_linear_eval(match, flags, tmp_path, capsys):
+    refuse(capsys, match, *RANDOM, "--out", tmp_path, *flags)
+
+
+def test_bad_encoders_and_folders(encoder_file, tmp_path, capsys):
+    out = ["--out", tmp_path / "out"]
+    flags = ["--pretrained", encoder_file, "--arch", "resnet50"]
+    refuse(capsys, "resnet50 was asked for", *flags, *out)
+    images(tmp_path / "set" / "train" / "cat", 3)
+    refuse(capsys, "no folder val", *RANDOM, *out, "--data", tmp_path / "set")
+    images(tmp_path / "set" / "val" / "dog", 3)
+    refuse(capsys, "differ in classes .cat, dog", *RANDOM, *out, "--data", tmp_path / "set")
+    refuse(capsys, "folders differ from the 10 classes", *RANDOM, *out, "--val", tmp_path / "set")
+
+
+def test_an_unreadable_image_cannot_be_scored(tmp_path, capsys):
+    """In training the next one takes its place; in val, or a bank, there is no score without it."""
+    for split in ("train", "val"):
+        class_folders(tmp_path / "set" / split, ["cat", "dog"], count=4)
+    flags = [*RANDOM, "--data", tmp_path / "set", "--batch-size", 4]
+    (tmp_path / "set" / "train" / "cat" / "000.png").write_bytes(b"")
+    result = evaluated(capsys, tmp_path / "a", *flags)
+    assert "top1" in result and steps(tmp_path / "a")[-1]["unreadable"] == 1
+    photo(0, 32, 32).save(tmp_path / "set" / "train" / "cat" / "000.png")
+    for folder, more in (("train", ["--knn"]), ("val", [])):
+        broken = tmp_path / "set" / folder / "cat" / "001.png"
+        broken.write_bytes(b"")
+        with pytest.raises(SystemExit) as caught:
+            evaluated(capsys, tmp_path / "b", *flags, *more)
+        error = capsys.readouterr().err
+        what = "train features" if more else "val"
+        assert caught.value.code == 2 and f"error: {what} cannot be scored" in error
+        assert "001.png" in error
+        photo(0, 32, 32).save(broken)
+
+
+def test_a_refusal_to_read_is_one_line(tmp_path, capsys, monkeypatch):
+    """An OSError in the middle of training or scoring, whatever its file; what is done is saved."""
+    for split in ("train", "val"):
+        class_folders(tmp_path / "set" / split, ["cat", "dog"], count=4)
+    read = data.read_image
+
+    def fail_in(folder):
+        def refuse_one(path, *rest):
+            if f"/{folder}/dog/003" in str(path):
+                raise PermissionError(13, "Permission denied", path)
+            return read(path, *rest)
+        return refuse_one
+
+    for folder, step in (("train", 1), ("val", 4)):
+        monkeypatch.setattr(data, "read_image", fail_in(folder))
+        refuse(capsys, f"Permission denied: .*{folder}/dog/003.png", *RANDOM, "--data",
+               tmp_path / "set", "--batch-size", 4, "--out", tmp_path / "out")
+        saved = torch.load(tmp_path / "out" / "last.pth", weights_only=True)
+        assert saved["step"] == len(steps(tmp_path / "out")) == step

@@ -1,0 +1,84 @@
+"""What holds for all scripts: the ranges of their flags, and starts beside a user's own modules."""
+import argparse
+import importlib
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from conftest import ROOT, SMALL, refused, steps
+
+# The nearest values that make no sense, by flag; of all other numeric flags -1 is none.
+SENSELESS = {
+    "0": ("accum_steps", "base_lr", "batch_size", "blocks", "crop_min", "epochs", "head_lr",
+          "heads", "hidden_dim", "image_size", "iterations", "jobs", "knn_images", "labels",
+          "limit", "log_every", "lr", "max_steps", "min_size", "percent", "rois", "save_every"),
+    "-0.000000001": ("lambda_att", "momentum", "query", "tau_base", "warmup_epochs",
+                     "weight_decay"),
+    "1": ("momentum",),
+    "1.000000001": ("crop_min", "query", "tau_base"),
+}
+
+
+class Parser(Exception):
+    """Carries the parser of a script out of it."""
+
+
+def parser_of(script):
+    """The argument parser of a script, as it is when the command line is read."""
+    def caught(parser, *_):
+        raise Parser(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", caught)
+        with pytest.raises(Parser) as found:
+            script.main([])
+    return found.value.args[0]
+
+
+def takes_numbers(action):
+    """Whether the type of an argument makes a number of some text."""
+    for text in ("1", "0.5"):
+        try:
+            if isinstance(action.type(text), (int, float)):
+                return True
+        except (TypeError, ValueError, argparse.ArgumentTypeError):  # TypeError: there is no type
+            continue
+    return False
+
+
+@pytest.mark.parametrize("name", ["train", "bench", "linear_eval", "semi_eval", "detect_eval",
+                                  "visualize", "tables"])
+def test_every_number_has_a_range(name, capsys):
+    """Not a number, infinite, negative, or just outside its range: one line and exit code 2."""
+    parser = parser_of(importlib.import_module(name))
+    script, required = SimpleNamespace(main=parser.parse_args), []
+    for action in parser._actions:
+        if action.required:
+            required += [action.option_strings[-1], "1" if takes_numbers(action) else "random"]
+    numbers = [action for action in parser._actions if takes_numbers(action)]
+    assert len(numbers) >= 2
+    for action in numbers:
+        flag = action.option_strings[-1]
+        outside = [value for value, names in SENSELESS.items() if action.dest in names]
+        for value in ("nan", "inf", "-1", *outside):
+            values = [value] * (action.nargs if isinstance(action.nargs, int) else 1)
+            line = refused(capsys, *required, flag, *values, script=script)
+            problem = rf"{value}: must be |invalid int value: '{value}'|invalid choice: {value} "
+            assert re.search(rf"argument (\S*/)?{flag}: ({problem})", line), line
+
+
+def test_a_users_own_modules_change_nothing(tmp_path):
+    """data.py, run.py and a package common, in the current directory and on PYTHONPATH."""
+    (tmp_path / "common").mkdir()
+    for name in ("data.py", "run.py", "common/__init__.py", "common/data.py", "common/run.py"):
+        (tmp_path / name).write_text("raise SystemExit('a module of the user')\n")
+    flags = ["resnet18" if flag == "thin" else flag for flag in SMALL]
+    command = [sys.executable, ROOT / "train.py", *flags, "--max-steps", "2", "--out", "out"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                            env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    assert [line["step"] for line in steps(tmp_path / "out")] == [1, 2]
