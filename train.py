@@ -259,7 +259,7 @@ def main(argv=None):
     encoder = model.online.encoder
     start = run.restore(
         {"model": model, "optimizer": optimizer}, total_steps, args.save_every,
-        exports={"encoder.pth": encoder}, defaults=vars(parse_args([])),
+        exports={"encoder.pth": encoder}, defaults=vars(parse_args(["--data", args.data])),
         model_args={name: getattr(args, name) for name in MODEL_ARGS})
     parallel = parallelise(model, run.device)
     scores = {line["step"]: line["knn"] for line in run.lines if "knn" in line}

@@ -245,7 +245,7 @@ class Run:
         if agree(not finite):
             text = ", ".join(f"{name} {value:g}" for name, value in values.items())
             message = (f"error: {self.out}: step {self.step}: loss or weights not finite ({text}); "
-                       "the last good checkpoint stays")
+                       "the last good checkpoint stays; try a smaller learning rate")
             raise Diverged(message if self.rank == 0 else 1)
         return values, self.unreadable.count()
 

@@ -8,13 +8,12 @@ from common import run as run_module
 from conftest import CPU, refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
+FLAGS = ["--arch", "thin", "--image-size", "32", "--batch-size", "8", "--hidden-dim", "64",
+         "--blocks", "1"]
 
 
 def test_bench_measures_a_step_and_the_input_pipeline(capsys):
-    flags = ["--arch", "thin", "--image-size", "32", "--batch-size", "8", "--hidden-dim", "64",
-             "--blocks", "1"]
-    bench.main(flags)
+    bench.main(FLAGS)
     found = json.loads(capsys.readouterr().out)
     assert set(found["ms"]) == {"views", "momentum forward", "online forward", "backward",
                                 "optimiser", "EMA"}
@@ -24,7 +23,7 @@ def test_bench_measures_a_step_and_the_input_pipeline(capsys):
     assert found["efficiency"] == pytest.approx(speed / supervised_speed)
     # two online and two momentum forwards, two backwards for one of each; transformer and heads
     assert found["tflop"] > 8 * found["supervised tflop"] / 3
-    bench.main([*flags, "--data", "shapes:64", "--workers", "1"])
+    bench.main([*FLAGS, "--data", "shapes:64", "--workers", "1"])
     found = json.loads(capsys.readouterr().out)
     rates = found["pairs/s per worker"]
     assert found["workers"] == 1
@@ -33,4 +32,4 @@ def test_bench_measures_a_step_and_the_input_pipeline(capsys):
 
 def test_bench_is_for_one_process(capsys, monkeypatch):
     monkeypatch.setattr(run_module, "join_ranks", lambda: (0, 2, CPU, 1))
-    refused(capsys, match="measures one process", script=bench)
+    refused(capsys, *FLAGS, match="measures one process", script=bench)

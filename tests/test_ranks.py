@@ -47,6 +47,7 @@ def test_choose_backend():
     assert ranks.choose_backend(["GPU-1", "GPU-2", "GPU-1"]) == "gloo"
     assert ranks.choose_backend([None, None]) == ranks.choose_backend(["GPU-1", None]) == "gloo"
 
+
 # ------------------------------------------------------------------------------------------- errors
 def no_data_on_rank_1():
     def open_images(*args, **named):
@@ -78,6 +79,7 @@ def test_a_mistake_of_one_rank_is_one_line_and_all_end(before, line, tmp_path):
     result = torchrun(2, "train.py", *SMALL, "--data", "set", "--out", tmp_path / "run",
                       before=before, folders=folders)
     assert result.codes == [2, 2] and result.stderr.splitlines() == [line], result.stderr
+
 
 # ----------------------------------------------------------------------------------------- training
 def drive(out, device):

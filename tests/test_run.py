@@ -175,6 +175,7 @@ def test_the_end_says_how_to_go_on(signalled, tmp_path, monkeypatch, capsys):
         assert shown == (f"{tmp_path}: step 4 of 8: as --max-steps says; with a larger one, or "
                          "without it, the same command goes on")
 
+
 # --------------------------------------------------------------------- mistakes of users, and slips
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("error, code", [
@@ -298,6 +299,7 @@ def test_nothing_broken_is_saved_on_a_signal(tmp_path, capsys, monkeypatch):
             match="step 3: loss or weights not finite")
     assert not (tmp_path / "last.pth").exists()
 
+
 # -------------------------------------------------------------------------------------------- disks
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     """One warning, and the run goes on; any other refusal ends it."""
@@ -420,6 +422,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_an_unwritable_directory(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     refused(capsys, *SMALL, "--out", tmp_path / "file" / "run", match="Not a directory")
+
 
 # ----------------------------------------------------------- signals, kills: processes of their own
 @pytest.fixture(scope="module")

@@ -120,6 +120,7 @@ def test_ablations_train(flags, tmp_path):
     given = args[name[2:].replace("-", "_")]
     assert given == ([32, 64] if len(values) == 2 else values[0] if values else True)
 
+
 # ------------------------------------------------------------------ what a run leaves, its settings
 def test_train_leaves_what_it_promises(reference, tmp_path):
     train_small(tmp_path, "--arch", "resnet18", "--max-steps", 1)
@@ -353,6 +354,7 @@ def test_a_slip_in_the_model_is_a_traceback(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unpack"):
         train_small(tmp_path)
 
+
 # ------------------------------------------------------------------------------------------- a step
 def test_a_step_is_the_plain_one():
     """One loss over both orders and all parts, SGD, then the momentum branch; in float64."""
@@ -489,6 +491,7 @@ def test_the_loop_never_waits_for_the_device(reference, monkeypatch, tmp_path):
         train.main([*SMALL, "--out", str(tmp_path)])
     assert pretence.waits == [] and losses == [line["loss"] for line in steps(reference)]
 
+
 # ------------------------------------------------------------------------------------ several ranks
 def test_train_on_two_ranks(two_ranks, tmp_path):
     """Losses of the first steps are one process's with --accum-steps 2, and so is the first kNN."""
@@ -517,6 +520,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(tmp_path, monkeyp
                 assert steps(tmp_path)[-1][name] == pytest.approx(value, rel=1e-5), name
     assert [line["step"] for line in steps(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
+
 # ------------------------------------------------------------------------------------------ monitor
 def test_knn_changes_nothing_and_is_neither_lost_nor_repeated(labelled, tmp_path, capsys):
     """Weights and losses with and without it, bit for bit; its scores over stops and resumes."""
@@ -544,10 +548,15 @@ def test_knn_changes_nothing_and_is_neither_lost_nor_repeated(labelled, tmp_path
 def test_a_signal_during_knn_saves_first(score, labelled, tmp_path, monkeypatch, capsys):
     """And the score comes after the resume: before step 1, after step 4, after the last."""
     flags, calls, knn = ["--data", labelled, "--knn-every", 1], [], train.knn
+    last = tmp_path / "parts" / "last.pth"
+
+    def saved():
+        return torch.load(last, weights_only=True)["step"] if last.exists() else 0
 
     def interrupted(run, *args, **named):
         calls.append(0)
         if len(calls) == score + 1:
+            assert saved() == 4 * score
             os.kill(os.getpid(), signal.SIGTERM)
         return knn(run, *args, **named)
 
@@ -559,9 +568,7 @@ def test_a_signal_during_knn_saves_first(score, labelled, tmp_path, monkeypatch,
         ending = f"/parts: step {4 * score} of 8: stopped, the same command goes on"
         assert f"{tmp_path}{ending}" in capsys.readouterr().out
     assert sum("knn" in line for line in steps(tmp_path / "parts")) == score
-    if score:
-        checkpoint = torch.load(tmp_path / "parts" / "last.pth", weights_only=True)
-        assert checkpoint["step"] == 4 * score
+    assert saved() == 4 * score
     train_small(tmp_path / "parts", *flags)
     assert same_log(tmp_path / "parts", tmp_path / "whole")
     assert same_encoder(tmp_path / "parts", tmp_path / "whole")
@@ -585,6 +592,7 @@ def test_the_bar_shows_the_last_score(labelled, tmp_path, monkeypatch):
               if "knn" in line]
     first, second, third = (f"{score:.1f}" for score in scores)
     assert shown == [first] * 5 + [second] * 5 + [third]  # at once, and over the four steps behind
+
 
 # ----------------------------------------------------------------------------------------- on a GPU
 @gpu
