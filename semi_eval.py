@@ -97,6 +97,14 @@ def read_subset(path, source):
     return check_classes(np.array(sorted(indices), dtype=np.int64), source, path)
 
 
+def check_share(indices, source, percent, path):
+    """InputError unless a list has about `percent` of the images: within a tenth of it."""
+    share = 100 * len(indices) / len(source)
+    if abs(share - percent) > percent / 10:
+        raise InputError(f"--subset {path}: {share:.3g} % of the training images ({len(indices)} "
+                         f"of {len(source)}), where --percent says {percent}")
+
+
 def shown(name):
     """A name as text that can be printed; bytes that are no UTF-8 as escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
@@ -180,6 +188,7 @@ def main(argv=None):
     with user_errors():
         if args.subset:
             indices = read_subset(args.subset, train)
+            check_share(indices, train, args.percent, args.subset)
         else:
             indices = draw_subset(train, args.percent, args.seed)
         if run.rank == 0:

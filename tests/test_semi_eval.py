@@ -118,12 +118,27 @@ def test_another_subset_does_not_go_on(tmp_path, capsys):
     names = semi_eval.names_of(data.Shapes("train", 400))
     listed = tmp_path / "list.txt"
     for first, match in ((0, None), (10, "subset_sha256 was")):
-        listed.write_text("\n".join(names[first:first + 20]))
+        listed.write_text("\n".join(names[first:first + 40]))
         flags = [*RANDOM, "--subset", listed, "--out", tmp_path / "out"]
         if match:
             refuse(capsys, match, *flags)
         else:
             evaluated(capsys, tmp_path / "out", *flags)
+
+
+@pytest.mark.parametrize("count, percent, fits", [
+    (40, 10, True), (44, 10, True), (36, 10, True), (45, 10, False), (35, 10, False),
+    (40, 1, False), (400, 100, True), (350, 100, False)])
+def test_a_list_is_of_the_size_that_percent_says(count, percent, fits, tmp_path, capsys):
+    """Within a tenth; else a score at 10 % would stand as one at 1 %."""
+    listed, out = tmp_path / "list.txt", tmp_path / "out"
+    listed.write_text("\n".join(semi_eval.names_of(data.Shapes("train", 400))[:count]))
+    flags = [*RANDOM, "--percent", percent, "--subset", listed, "--out", out]
+    if fits:
+        stop_early(capsys, out, *flags, "--max-steps", 1)
+    else:
+        refuse(capsys, rf"{count / 4:.3g} % of the training images \({count} of 400\), where "
+               f"--percent says {percent}", *flags)
 
 
 def test_subsets_are_drawn_by_class_and_seed():
