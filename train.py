@@ -27,7 +27,8 @@ FREE = ("data_root", "workers", "compile", "out", "save_every", "keep_epochs", "
 MODEL_ARGS = ("arch", "image_size", "method", "blocks", "heads", "position", "tap", "detach_trunk",
               "lambda_att", "hidden_dim", "stem")
 RECIPE_ARGS = ("arch", "stem", "image_size", "blocks", "hidden_dim", "tau_base", "epochs",
-               "warmup_epochs", "batch_size", "base_lr", "crop_min", "knn_every", "knn_images")
+               "warmup_epochs", "batch_size", "base_lr", "predictor_lr", "crop_min", "knn_every",
+               "knn_images")
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -81,6 +82,9 @@ def add_arguments(parser):
         help="parts, one after the other, of each rank's batch, to save memory (default 1)")
     add("--base-lr", type=positive,
         help=f"peak learning rate per 256 images of a batch {by_data('base_lr')}")
+    add("--predictor-lr", type=positive, metavar="FACTOR",
+        help="learning rate of the predictors, as a multiple of the others' "
+             f"{by_data('predictor_lr')}")
     add("--momentum", default=0.9, help="of SGD (default 0.9)",
         type=checked(float, "at least 0 and below 1", lambda share: 0 <= share < 1))
     add("--weight-decay", type=not_negative, default=1e-4,
@@ -112,7 +116,7 @@ def fill_in(args):
     """Fill in the defaults that depend on other arguments, and check that all fit together."""
     use_recipe(args, RECIPE_ARGS)
     if args.warmup_epochs is None:
-        args.warmup_epochs = min(10, args.epochs / 10)
+        args.warmup_epochs = usual_warmup(args.epochs)
     if args.tap is None:
         args.tap = "conv5" if args.method == "sequential" else "conv4"
     if args.out is None:
@@ -124,12 +128,41 @@ def fill_in(args):
     return args
 
 
+def usual_warmup(epochs):
+    """Epochs of warm-up without a flag: the paper's 10 from 100 epochs on, else a tenth."""
+    return min(10, epochs / 10)
+
+
 def default_out(args):
-    """runs/shapes, runs/shapes_byol, ..., or of a folder runs/care_resnet50, ..."""
-    name = args.data.partition(":")[0]
-    if name not in NAMED_SETS:
-        return f"runs/{args.method}_{args.arch}"
-    return f"runs/{name}" if args.method == "care" else f"runs/{name}_{args.method}"
+    """runs/shapes, runs/shapes_byol, of a folder runs/care_resnet50; then what is not usual.
+
+    --blocks 4 --seed 1: runs/care_resnet50_blocks4_seed1, by name, whatever the order of the flags.
+    The place of a folder is no part of it, nor what may differ when a run is resumed.
+    """
+    name, _, count = args.data.partition(":")
+    usual = vars(parse_args(["--data", name, "--method", args.method, "--out", "usual"]))
+    usual["warmup_epochs"] = usual_warmup(args.epochs)
+    elsewhere = {"data", "method"}
+    if name in NAMED_SETS:
+        parts = [f"runs/{name}{count}"]
+        if args.method != "care":
+            parts.append(args.method)
+    else:
+        parts = [f"runs/{args.method}_{args.arch}"]
+        elsewhere.add("arch")
+    for key in sorted(usual.keys() - elsewhere - set(FREE)):
+        value = getattr(args, key)
+        if value == usual[key]:
+            continue
+        if value is True:
+            parts.append(key)
+        elif isinstance(value, str):
+            parts.append(f"{key}-{value}")
+        elif isinstance(value, list):  # image_size
+            parts.append(key + "x".join(map(str, value)))
+        else:
+            parts.append(f"{key}{value:.12g}")
+    return "_".join(parts)
 
 
 def recipe_flags(args):
@@ -166,14 +199,23 @@ def lr_at(step, total_steps, warmup_steps, peak):
 
 # ---------------------------------------------------------------------------------- model, the step
 def new_model(args, device):
-    """-> CARE, channels last on the device and compiled if asked for, and its optimiser."""
+    """-> CARE, channels last on the device and compiled if asked for, and its optimiser.
+
+    One group of parameters; with --predictor-lr, the predictors are a second one.
+    """
     model = CARE(**{name: getattr(args, name) for name in MODEL_ARGS})
     model = model.to(device, memory_format=torch.channels_last)
     if args.compile:
         model.online.compile()
         model.momentum.compile()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.0, momentum=args.momentum,
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [{"params": list(trained.values())}]
+    if args.predictor_lr != 1:
+        predictors = [name for name in trained if name.startswith("predictor")]
+        groups = [{"params": [trained[name] for name in trained if name not in predictors]},
+                  {"params": [trained[name] for name in predictors],
+                   "lr_factor": args.predictor_lr}]
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=args.momentum,
                                 weight_decay=args.weight_decay)
     return model, optimizer
 
@@ -195,7 +237,7 @@ def pretrain_step(parallel, optimizer, run, batches, views_of, lr, tau):
     -> losses, summed over both view orders, and mean stds: scalars on the device, by name.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1)
     optimizer.zero_grad(set_to_none=True)
     meters = {}
     for part, batch in enumerate(batches, 1):
@@ -259,7 +301,8 @@ def main(argv=None):
     encoder = model.online.encoder
     start = run.restore(
         {"model": model, "optimizer": optimizer}, total_steps, args.save_every,
-        exports={"encoder.pth": encoder}, defaults=vars(parse_args(["--data", args.data])),
+        exports={"encoder.pth": encoder},
+        defaults=vars(parse_args(["--data", args.data])) | {"predictor_lr": 1},
         model_args={name: getattr(args, name) for name in MODEL_ARGS})
     parallel = parallelise(model, run.device)
     scores = {line["step"]: line["knn"] for line in run.lines if "knn" in line}
@@ -288,8 +331,11 @@ def main(argv=None):
         meters = pretrain_step(parallel, optimizer, run, batches, views_of, lr=lr, tau=tau)
         epoch = (step + 1) / steps_per_epoch
         kept = args.keep_epochs and epoch % args.keep_epochs == 0
+        rates = {"lr": lr, "tau": tau}
+        if args.predictor_lr != 1:
+            rates["lr_predictor"] = lr * args.predictor_lr
         run.after(step + 1, meters, keep=f"epoch{epoch:04.0f}" if kept else None,
-                  epoch=round(epoch, 4), lr=lr, tau=tau)
+                  epoch=round(epoch, 4), **rates)
         watch(step + 1)
     run.finish(run.unfinished() or f"step {run.total} of {run.total}: {ending(args, scores)}")
 

@@ -26,9 +26,9 @@ from common.shapes import Shapes, render_clutter, render_shape
 # last three are linear_eval's. None: all labels, and a warm-up of min(10, epochs / 10) epochs.
 PAPER = {
     "arch": "resnet50", "stem": "imagenet", "image_size": 224, "blocks": 5, "hidden_dim": 4096,
-    "batch_size": 1024, "base_lr": 0.05, "epochs": 100, "warmup_epochs": None, "tau_base": 0.99,
-    "crop_min": 0.08, "knn_every": 0, "knn_images": 50000, "labels": None, "head": "linear-bn",
-    "linear_epochs": 80}
+    "batch_size": 1024, "base_lr": 0.05, "predictor_lr": 1, "epochs": 100, "warmup_epochs": None,
+    "tau_base": 0.99, "crop_min": 0.08, "knn_every": 0, "knn_images": 50000, "labels": None,
+    "head": "linear-bn", "linear_epochs": 80}
 MINUTES = PAPER | {  # what the embedded sets share: some hundred steps, small images, few labels
     "arch": "resnet18", "hidden_dim": 512, "batch_size": 32, "base_lr": 0.2, "tau_base": 0.8,
     "knn_images": 1000, "labels": 1000, "head": "linear"}

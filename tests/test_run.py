@@ -65,7 +65,8 @@ def rewrite(path, **changes):
 
 def test_arguments_younger_than_a_checkpoint(tmp_path, capsys):
     """Absent, they were the paper's; train.py --bench was an argument once."""
-    old = {"hidden_dim": None, "knn_every": None, "knn_images": None, "bench": None}
+    old = {"hidden_dim": None, "knn_every": None, "knn_images": None, "bench": None,
+           "predictor_lr": None}
     train_small(tmp_path / "paper", "--hidden-dim", 4096, "--max-steps", 1)
     rewrite(tmp_path / "paper" / "last.pth", **old)
     lines = train_small(tmp_path / "paper", "--hidden-dim", 4096, "--max-steps", 2)

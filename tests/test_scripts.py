@@ -15,7 +15,8 @@ from conftest import ROOT, SMALL, refused, steps
 SENSELESS = {
     "0": ("accum_steps", "base_lr", "batch_size", "blocks", "crop_min", "epochs", "head_lr",
           "heads", "hidden_dim", "image_size", "iterations", "jobs", "knn_images", "labels",
-          "limit", "log_every", "lr", "max_steps", "min_size", "percent", "rois", "save_every"),
+          "limit", "log_every", "lr", "max_steps", "min_size", "percent", "predictor_lr", "rois",
+          "save_every"),
     "-0.000000001": ("lambda_att", "momentum", "query", "tau_base", "warmup_epochs",
                      "weight_decay"),
     "1": ("momentum",),

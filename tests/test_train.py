@@ -42,7 +42,7 @@ def test_the_defaults_are_the_papers_run():
         "crop_min": 0.08, "augment": "device", "method": "care", "lambda_att": 100, "blocks": 5,
         "heads": 4, "position": "relative", "tap": "conv4", "detach_trunk": False,
         "hidden_dim": 4096, "tau_base": 0.99, "epochs": 100, "warmup_epochs": 10,
-        "batch_size": 1024, "accum_steps": 1, "base_lr": 0.05, "momentum": 0.9,
+        "batch_size": 1024, "accum_steps": 1, "base_lr": 0.05, "predictor_lr": 1, "momentum": 0.9,
         "weight_decay": 1e-4, "precision": "auto", "seed": 0, "knn_every": 0, "max_steps": None,
     }
     args = vars(train.parse_args(["--arch", "resnet50"]))
@@ -62,6 +62,25 @@ def test_the_first_line_is_the_recipe_as_flags(name):
     assert args.out == ("runs/care_resnet50" if name == "folder" else f"runs/{name}")
     assert train.parse_args(["--data", name, "--method", "byol"]).out.endswith(
         "byol_resnet50" if name == "folder" else f"{name}_byol")
+
+
+@pytest.mark.parametrize("flags, name", [
+    ("--arch resnet50 --blocks 4 --epochs 200 --seed 1", "care_resnet50_blocks4_epochs200_seed1"),
+    ("--seed 1 --epochs 200 --blocks 4", "care_resnet50_blocks4_epochs200_seed1"),
+    ("--lambda-att 0 --batch-size 1024 --max-steps 9 --workers 2", "care_resnet50_lambda_att0"),
+    ("--lambda-att 0.25", "care_resnet50_lambda_att0.25"),
+    ("--arch resnet18 --tap conv5 --data photos", "care_resnet18_tap-conv5"),
+    ("--epochs 50 --warmup-epochs 5", "care_resnet50_epochs50"),
+    ("--epochs 50 --warmup-epochs 4", "care_resnet50_epochs50_warmup_epochs4"),
+    ("--data shapes:99 --detach-trunk --position none", "shapes99_detach_trunk_position-none"),
+    ("--data shapes --arch resnet34 --method byol", "shapes_byol_arch-resnet34"),
+    ("--data clutter --method sequential --tap conv5", "clutter_sequential"),
+    ("--data clutter --image-size 64 64", "clutter"),
+    ("--data clutter --image-size 96 64 --seed 12345678", "clutter_image_size96x64_seed12345678"),
+    ("--data shapes --predictor-lr 10", "shapes_predictor_lr10")])
+def test_the_default_directory_tells_runs_apart(flags, name):
+    """By all that counts and is not usual; not by what may differ when a run is resumed."""
+    assert train.parse_args(flags.split()).out == f"runs/{name}"
 
 
 def test_bad_data(tmp_path, capsys):
@@ -272,6 +291,60 @@ def test_views_are_drawn_with_the_papers_chances(watched):
             assert abs(share[view] - wanted[view]) <= tolerance, (name, view)
     crops = {entry[1:] for entry in seen if entry[0] == "crop"}
     assert crops == {((0.08, 1.0), (3 / 4, 4 / 3))}
+
+
+@pytest.mark.parametrize("method, names", [
+    ("care", {"predictor_c", "predictor_t"}), ("sequential", {"predictor_t"}),
+    ("byol", {"predictor_c"})])
+def test_predictors_learn_at_their_own_rate(method, names, tmp_path):
+    """--predictor-lr 3: after a step without momentum they are three times as far, all else not."""
+    flags = [*SMALL, "--method", method, "--momentum", "0", "--weight-decay", "0"]
+    moved = []
+    for factor in ("1", "3"):
+        args = train.parse_args([*flags, "--predictor-lr", factor])
+        torch.manual_seed(0)
+        model, optimizer = train.new_model(args, CPU)
+        model.double()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        views = torch.randn(1, 2, 4, 3, 32, 32, dtype=torch.float64)
+        train.pretrain_step(model, optimizer, PLAIN, views, tuple, lr=0.01, tau=1.0)
+        moved.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+        assert len(optimizer.param_groups) == (1 if factor == "1" else 2)
+    found = set()
+    for name, step in moved[0].items():
+        first = name.partition(".")[0]
+        if first.startswith("predictor"):
+            found.add(first)
+            step = 3 * step
+        torch.testing.assert_close(moved[1][name], step, rtol=1e-6, atol=1e-12)
+    assert found == names and moved[0]["predictor_" + max(names)[-1] + ".0.weight"].any()
+
+
+def test_predictors_own_rate_resumes(tmp_path, capsys):
+    """Bit for bit, logged, in the schedule; another factor is refused, and none where one was."""
+    flags = ["--predictor-lr", 10]
+    whole = train_small(tmp_path / "whole", *flags)
+    assert [line["lr_predictor"] for line in whole] == [10 * line["lr"] for line in whole]
+    train_small(tmp_path / "parts", *flags, "--max-steps", 3)
+    train_small(tmp_path / "parts", *flags)
+    assert same_log(tmp_path / "whole", tmp_path / "parts")
+    assert same_encoder(tmp_path / "whole", tmp_path / "parts")
+    for other, said in (([], "is 1"), (["--predictor-lr", 3], r"is 3\.0")):
+        refused(capsys, *SMALL, *other, "--out", tmp_path / "whole",
+                match=rf"predictor_lr was 10\.0, {said}")
+
+
+def test_a_run_older_than_predictor_lr_had_none(tmp_path, monkeypatch, capsys):
+    """Whatever the recipe of its data says later: 1, and an optimiser of one group."""
+    monkeypatch.setitem(data.RECIPES["shapes"], "predictor_lr", 10)
+    train_small(tmp_path, "--predictor-lr", 1, "--max-steps", 1)
+    checkpoint = torch.load(tmp_path / "last.pth", weights_only=True)
+    assert checkpoint["args"].pop("predictor_lr") == 1
+    assert len(checkpoint["optimizer"]["param_groups"]) == 1
+    torch.save(checkpoint, tmp_path / "last.pth")
+    refused(capsys, *SMALL, "--out", tmp_path, match=r"\(predictor_lr was 1, is 10\)")
+    lines = train_small(tmp_path, "--predictor-lr", 1)
+    assert [line["step"] for line in lines] == list(range(1, 9))
 
 
 def test_the_seed_decides_weights_and_samples(monkeypatch):
