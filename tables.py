@@ -481,12 +481,10 @@ def pretraining(args, encoder, seed, flags):
     return Job(encoder, "pretraining", seed, 0, words, out, settings=settings_of(words))
 
 
-def scoring(args, encoder, score, seed, repeat, pretrained, arch, before, lacks):
-    """The job that scores encoders, the files in `pretrained`; before: their pretrainings."""
-    script = SCORERS[score][0]
-    folder = f"{args.runs}/{encoder}_seed{seed}"
-    out = f"{folder}/{score.replace(' %', 'percent').replace(' ', '_')}"
-    flags, lacks = [], list(lacks)
+def scoring(args, encoder, score, seed, repeat, before, variant=None, arch=None):
+    """The job that scores what the jobs `before` pretrain; without any, random or supervised."""
+    script, lacks = SCORERS[score][0], []
+    out = f"{args.runs}/{encoder}_seed{seed}/{score.replace(' %', 'percent').replace(' ', '_')}"
 
     def given(name, usual):
         """A flag of this script that the command cannot do without, or what could stand there."""
@@ -514,6 +512,9 @@ def scoring(args, encoder, score, seed, repeat, pretrained, arch, before, lacks)
         if script == "semi_eval.py" and not args.miniature:
             percent = SCORERS[score][2]
             flags += ["--subset", given(f"subset_{percent}", f"{percent}percent.txt"), *GRID]
+    pretrained = [f"{job.out}/encoder.pth" for job in before] or ["random"]
+    if variant == "supervised" and not args.miniature:
+        pretrained = [given("supervised", "resnet50.pth")]
     if pretrained == ["random"]:
         flags += ["--arch", arch]
     words = [*SCORERS[score], "--pretrained", *pretrained, *flags, "--out", out]
@@ -529,38 +530,33 @@ def cell_jobs(args, row, score, seed, repeat):
     _, variant, encoder, arch, epochs, _ = row
     if args.miniature:
         arch = train.parse_args(["--data", args.data, *shlex.split(args.train_flags)]).arch
-    before, pretrained, lacks = [], ["random"], []
-    if variant == "supervised" and not args.miniature:
-        pretrained, lacks = [args.supervised or "resnet50.pth"], ["--supervised"]
-        lacks = lacks if args.supervised is None else []
-    elif variant in VARIANTS:
-        variants = ["byol", variant] if score == "photos" else [variant]
-        for one in variants:
-            flags = VARIANTS[one] + args.choices.get("byol" if one.endswith("byol") else "care", [])
-            if not args.miniature:
-                flags = [*flags, "--arch", arch, "--epochs", str(epochs)]
-            name = one if args.miniature else f"{one}_{arch}_epochs{epochs}"
-            before.append(pretraining(args, name, seed, flags))
-        pretrained = [f"{job.out}/encoder.pth" for job in before]
-    return [*before, scoring(args, encoder, score, seed, repeat, pretrained, arch, before, lacks)]
+    needed = ["byol", variant] if score == "photos" else [variant]
+    before = []
+    for one in needed if variant in VARIANTS else ():
+        flags = VARIANTS[one] + args.choices.get("byol" if one.endswith("byol") else "care", [])
+        if not args.miniature:
+            flags = [*flags, "--arch", arch, "--epochs", str(epochs)]
+        name = one if args.miniature else f"{one}_{arch}_epochs{epochs}"
+        before.append(pretraining(args, name, seed, flags))
+    return [*before, scoring(args, encoder, score, seed, repeat, before, variant, arch)]
 
 
 def table_cells(args, only, wanted, seeds):
     """The cells of tables, seed after seed: [(table's title, row's label, its jobs)]."""
     cells = []
     for name in only:
+        table = table_of(args, name)
         for seed in seeds:
             for row in rows_of(args, name):
                 label, variant, encoder = row[:3]
                 if wanted and not {variant, encoder} & set(wanted):
                     continue
-                scores = [score_of(args, variant, column)
-                          for column in table_of(args, name)["columns"]]
+                scores = [score_of(args, variant, column) for column in table["columns"]]
                 for score in dict.fromkeys(score for score in scores if score):
                     runs = DETECTION_RUNS if SCORERS[score][0] == "detect_eval.py" else 1
                     for repeat in range(runs):
                         jobs = cell_jobs(args, row, score, seed, repeat)
-                        cells.append((TABLES[name]["title"], f"{label}, seed {seed}", jobs))
+                        cells.append((table["title"], f"{label}, seed {seed}", jobs))
     return cells
 
 
@@ -576,8 +572,7 @@ def trial_cells(args, wanted=None):
                          str(TRIAL_STEPS)]
                 encoder = f"{method}_trial{number}"
                 first = pretraining(args, encoder, seed, flags)
-                second = scoring(args, encoder, "kNN", seed, 0, [f"{first.out}/encoder.pth"], None,
-                                 [first], [])
+                second = scoring(args, encoder, "kNN", seed, 0, [first])
                 cells.append(("Trials", f"configuration {number}, {method}, seed {seed}",
                               [first, second]))
     return cells
@@ -725,10 +720,11 @@ def machine(jobs):
 
 def run_all(args, jobs, results):
     """Run what is missing, --jobs at a time, each after its needs -> what failed: why, by key."""
-    missing = [job for job in jobs.values()
-               if job.score != "pretraining" and job.key not in results and not job.lacks]
-    needed = {key for job in missing for key in job.needs}
-    waiting = [job for job in jobs.values() if job in missing or job.key in needed]
+    wanted = set()
+    for key, job in jobs.items():
+        if job.score != "pretraining" and key not in results and not job.lacks:
+            wanted |= {key, *job.needs}
+    waiting = [job for key, job in jobs.items() if key in wanted]
     ended, failed, running = set(), {}, {}
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
@@ -747,7 +743,7 @@ def run_all(args, jobs, results):
                     what = f"{job.encoder}, seed {job.seed}, {job.score}"
                     try:
                         line = future.result()
-                    except RuntimeError as error:
+                    except (RuntimeError, OSError) as error:  # OSError: no such launcher
                         failed[job.key] = str(error)
                         print(f"{what}: failed", flush=True)
                         continue

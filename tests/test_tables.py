@@ -355,7 +355,7 @@ def test_what_is_missing_is_named_in_place(imagenet, capsys):
     text, _, lacking = listed(capsys, *SCALE, "--only", "table3b", "table4", "figure4")
     for flag in ("--voc", "--coco", "--subset-1", "--subset-10", "--photos"):
         assert f"\n# needs {flag}: " in text
-    assert "\n# needs --supervised and --voc: torchrun" in text
+    assert "\n# needs --voc and --supervised: torchrun" in text
     assert len(lacking) == 2 * 8 + 2 * 5 * 5 + 1
 
 
