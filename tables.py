@@ -869,9 +869,12 @@ differs, one in twenty is significant by chance.
 WHAT = {"clutter": " (ten classes, two objects of one class that cover 5 to 20 % of the image "
                    "among scraps that mean nothing)",
         "shapes": " (ten classes, one large object)"}
-UNTUNED = """What is tuned is the same in all rows: images, rate, crops and steps were tuned on
+UNTUNED = {
+    "clutter": """What is tuned is the same in all rows: images, rate, crops and steps were tuned on
 BYOL; tau and the heads' width so that CARE's features do not stay collapsed, after [another
-regime](measured.md#the-miniatures-regime) in which CARE scored lower than BYOL."""
+regime](measured.md#the-miniatures-regime) in which CARE scored lower than BYOL.""",
+    "shapes": """What is tuned is the same in all rows: the recipe was [searched with
+CARE](measured.md#how-its-recipe-was-found)."""}
 BY_TRIALS = """BYOL and CARE each got the same {count} configurations, drawn once at random, with
 seeds {seeds}, stopped after {steps} steps, and kept the one of the best mean kNN. BYOL: `{byol}`.
 CARE: `{care}`. The other rows run as CARE does, or as BYOL where they say so."""
@@ -1010,20 +1013,21 @@ def page(args, results):
     command = shlex.join(command)
     if args.miniature:
         run = train.parse_args(["--data", args.data, *shlex.split(args.train_flags)])
-        tuning = UNTUNED
+        name = args.data.partition(":")[0]
+        tuning = UNTUNED.get(name, "")
         if args.tuned:
             chosen = {method: " ".join(flags) for method, flags in args.choices.items()}
             tuning = BY_TRIALS.format(count=len(CONFIGURATIONS), steps=TRIAL_STEPS,
                                       seeds=" and ".join(map(str, TRIAL_SEEDS)), **chosen)
         text = MINIATURE.format(
             command=command, arch=ARCH_NAMES.get(run.arch, run.arch), size=run.image_size[0],
-            data=args.data, what=WHAT.get(args.data.partition(":")[0], ""), epochs=run.epochs,
+            data=args.data, what=WHAT.get(name, ""), epochs=run.epochs,
             batch_size=run.batch_size, labels=recipe_of(args.data)["labels"] or "all",
             comparisons=sum(len(differences(args, results, name)) for name in names),
             tuning=tuning)
     else:
         text = PAPER.format(command=command)
-    title, *paragraphs = text.split("\n\n")
+    title, *paragraphs = text.strip().split("\n\n")
     lines = [title, ""]
     for paragraph in paragraphs:
         lines += [filled(paragraph), ""]
@@ -1104,9 +1108,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         fail("stopped; the same command goes on", code=1)
     results = read_results(args.results)
-    for job in jobs.values():
-        if job.lacks:
-            print(f"{job.encoder}, {job.score}: needs {job.lacks}")
+    lacking = [job for job in jobs.values() if job.lacks]
+    for line in dict.fromkeys(f"{job.encoder}, {job.score}: needs {job.lacks}" for job in lacking):
+        print(line)
     if args.trials:
         print_trials(results)
     else:
