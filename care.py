@@ -152,7 +152,7 @@ class PositionEncoding(nn.Module):
             return q.new_zeros(*q.shape[:3], q.shape[2])  # (B, h, N, N)
         if self.kind == "relative":
             return self.relative_logits(q)  # (B, h, N, N)
-        return q @ self.key_table().T  # (B, h, N, N)
+        return inner_products(q, self.key_table())  # (B, h, N, N)
 
     def key_table(self):
         """`sincos` and `absolute`, where p depends on the key's place alone: p, (N, d)."""
@@ -169,10 +169,27 @@ class PositionEncoding(nn.Module):
         height = self.rel_height.unfold(0, H, 1).flip(0)  # (H, d, H): of y, channel, y'
         width = self.rel_width.unfold(0, W, 1).flip(0)  # (W, d, W): of x, channel, x'
         q = q.unflatten(2, (H, W))  # (B, h, H, W, d)
-        rows = torch.einsum("bhyxd,ydz->bhyxz", q, height)  # (B, h, H, W, H): z is y'
-        columns = torch.einsum("bhyxd,xdz->bhyxz", q, width)  # (B, h, H, W, W): z is x'
+        if H > 1:
+            rows = torch.einsum("bhyxd,ydz->bhyxz", q, height)  # (B, h, H, W, H): z is y'
+        else:
+            rows = inner_products(q, self.rel_height)  # (B, h, 1, W, 1)
+        if W > 1:
+            columns = torch.einsum("bhyxd,xdz->bhyxz", q, width)  # (B, h, H, W, W): z is x'
+        else:
+            columns = inner_products(q, self.rel_width)  # (B, h, H, 1, 1)
         logits = rows.unsqueeze(5) + columns.unsqueeze(4)  # (B, h, H, W, H, W)
         return logits.flatten(4, 5).flatten(2, 3)  # (B, h, N, N)
+
+
+def inner_products(q, k):
+    """q.k^T: (..., M, d) and (..., N, d) -> (..., M, N).
+
+    For a single k without a matmul, whose gradient has an inner dimension of 1: torch compiles a
+    kernel for that on the spot, which needs a C compiler on a machine with a GPU.
+    """
+    if k.shape[-2] == 1:
+        return (q * k).sum(-1, keepdim=True)  # (..., M, 1)
+    return q @ k.transpose(-2, -1)  # (..., M, N)
 
 
 def sincos_table(length, dim):
@@ -202,7 +219,7 @@ class MultiHeadSelfAttention(nn.Module):
     def attention(self, q, k):
         """Queries and keys (B, h, N, d) -> attention weights (B, h, N, N); every row sums to 1."""
         q = q / math.sqrt(q.shape[-1])  # before the products: smaller numbers in half precision
-        logits = q @ k.transpose(2, 3) + self.position(q)  # (B, h, N, N)
+        logits = inner_products(q, k) + self.position(q)  # (B, h, N, N)
         return logits.softmax(3)  # Eq. (2) without v (B, h, N, N)
 
     def fused(self, q, k, v):
@@ -214,10 +231,12 @@ class MultiHeadSelfAttention(nn.Module):
     def forward(self, x):
         """(B, C, H, W) -> (B, C, H, W)."""
         q, k, v = self.qkv(x)
-        if self.position.kind == "relative":
-            out = self.attention(q, k) @ v  # Eq. (2) (B, h, N, d)
-        else:  # equal: test_fused_attention_is_the_plain_form
+        if self.position.kind != "relative":  # equal: test_fused_attention_is_the_plain_form
             out = self.fused(q, k, v)  # Eq. (2) (B, h, N, d)
+        elif v.shape[2] > 1:
+            out = self.attention(q, k) @ v  # Eq. (2) (B, h, N, d)
+        else:  # a single token has the weight 1: no matmul, as in inner_products
+            out = self.attention(q, k).to(v.dtype) * v  # Eq. (2) (B, h, 1, d)
         out = out.transpose(1, 2).flatten(2)  # (B, N, C)
         return out.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
 

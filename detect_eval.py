@@ -434,6 +434,8 @@ def main(argv=None):
     optimizer = new_optimizer(model)
     run.restore({"model": model, "optimizer": optimizer}, args.iterations, args.save_every,
                 defaults=DEFAULTS)
+    if run.world > 1 and run.device.type == "cuda":  # torch's layer: a rank may have no masks
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     parallel = parallelise(model, run.device)
 
     per_epoch = args.images // args.batch_size * args.batch_size

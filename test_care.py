@@ -23,6 +23,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -234,6 +235,43 @@ def test_fused_attention_is_the_plain_form(position):
     expected = (weights @ v).permute(0, 1, 3, 2).reshape(2, 32, 3, 5)
     torch.testing.assert_close(attention(x), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(attention.attention(q, k), weights, rtol=1e-12, atol=1e-12)
+
+
+class Products(TorchDispatchMode):
+    """Within this context, the inner dimensions of all batched matmuls, in `inner`."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.bmm.default:
+            self.inner.append(args[0].shape[2])
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1)])
+def test_attention_on_one_row_column_or_token(size):
+    """By its formula; no inner dimension of 1, for which torch wants a C compiler on a GPU."""
+    attention = MultiHeadSelfAttention(32, 4, size, "relative").double()
+    x = torch.randn(2, 32, *size, dtype=torch.float64, requires_grad=True)
+    with Products() as products:
+        out = attention(x)
+        out.square().sum().backward()
+    assert 1 not in products.inner and bool(products.inner) == (size != (1, 1))
+    found = [x.grad, *(parameter.grad for parameter in attention.parameters())]  # none is None
+    assert found[1].any() and len(found) == 4
+
+    q, k, v = attention.qkv(x)
+    (H, W), table = size, attention.position
+    y, x_of = torch.arange(H).repeat_interleave(W), torch.arange(W).repeat(H)
+    p = table.rel_height[y - y[:, None] + H - 1] + table.rel_width[x_of - x_of[:, None] + W - 1]
+    logits = torch.einsum("bhid,bhjd->bhij", q, k) + torch.einsum("bhid,ijd->bhij", q, p)
+    expected = torch.einsum("bhij,bhjd->bhdi", (logits / 8 ** 0.5).softmax(3), v)
+    expected = expected.reshape(2, 32, *size)
+    wanted = torch.autograd.grad(expected.square().sum(), (x, *attention.parameters()))
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, list(wanted), rtol=1e-12, atol=1e-12)
 
 
 def test_sincos_tells_every_position_apart():

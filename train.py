@@ -231,6 +231,8 @@ def make_views(batch, device, mode):
     return views
 
 
+# Idle: but while it lasts autocast keeps the weights it has cast, for both view orders.
+@torch.autocast("cpu", enabled=False)
 def pretrain_step(parallel, optimizer, run, batches, views_of, lr, tau):
     """One optimiser and momentum step; views_of(batch) gives a batch's x1, x2, (B, 3, H, W) each.
 
@@ -286,6 +288,8 @@ def open_data(run, args):
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, FREE)
+    if args.compile and run.world > 1:  # DDP breaks the branches into more graphs than torch keeps
+        fail(f"--compile is for one process, not for {run.world} ranks: leave it out")
     source, bank, val = open_data(run, args)
     if run.rank == 0:
         print(f"recipe: {recipe_flags(args)}\n{describe(source)}", flush=True)

@@ -334,6 +334,7 @@ def draw_curves(runs):
 def main(argv=None):
     args = parse_args(argv)
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # float32 throughout, as --precision fp32
     source, encoders = None, []
     with user_errors():
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ function here also works for a single process.
 """
 import contextlib
 import ctypes
+import datetime
 import json
 import os
 import sys
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from torch import nn
 
 from care import InputError
+
+TIMEOUT = datetime.timedelta(minutes=10)  # that ranks wait for one another before they give up
 
 
 # ------------------------------------------------------------------------------------------ joining
@@ -39,14 +42,14 @@ def join_ranks():
     else:
         keep_memory()
     mine = own_hardware(device)
-    ranks = enter_group(rank, world, mine) if world > 1 else [mine]
+    ranks = enter_group(rank, world, mine, device) if world > 1 else [mine]
     return rank, world, device, share_of_cores(ranks, rank)
 
 
-def enter_group(rank, world, mine):
+def enter_group(rank, world, mine, device):
     """Enter the process group. mine: this rank's hardware -> every rank's, by rank."""
     try:
-        store, _, _ = next(dist.rendezvous("env://"))
+        store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
     except dist.DistNetworkError as error:
         reason = str(error).splitlines()[0][:120]
         fail(f"rank {rank}: no meeting ({reason}); does another run use MASTER_PORT?")
@@ -55,7 +58,8 @@ def enter_group(rank, world, mine):
     backend = choose_backend([other["gpu"] for other in ranks])
     if backend == "gloo" and mine["gpu"] and rank == 0:
         print(f"warning: {world} ranks share GPUs: they speak over gloo, slowly", file=sys.stderr)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world,
+                            device_id=None if backend == "gloo" else device)
     return ranks
 
 
@@ -178,13 +182,68 @@ def same_on_all_ranks(**facts):
 
 
 # ----------------------------------------------------------------------------------------- training
+class BatchNormOfRanks(torch.autograd.Function):
+    """Batch norm by the statistics of all ranks, through torch's kernels for it: GPUs alone.
+
+    As torch's own, whose every layer makes the host wait three times: it drops ranks that have no
+    image by a mask on the device. Here each rank must have some.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
+        x = dense(x)
+        own_mean, own_invstd = torch.batch_norm_stats(x, eps)  # (C,), float32 under autocast too
+        count = own_mean.new_full((1,), x.numel() // x.shape[1])
+        table = own_mean.new_zeros(dist.get_world_size(), 2 * x.shape[1] + 1)
+        torch.cat((own_mean, own_invstd, count), out=table[dist.get_rank()])
+        dist.all_reduce(table)  # every rank's row; by a sum, which NCCL and gloo have alike
+        means, invstds, counts = table.split((x.shape[1], x.shape[1], 1), dim=1)
+        mean, invstd = torch.batch_norm_gather_stats_with_counts(
+            x, means, invstds, running_mean, running_var, momentum, eps, counts[:, 0])
+        ctx.save_for_backward(x, weight, mean, invstd, counts)
+        return torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, mean, invstd, counts = ctx.saved_tensors
+        grad = dense(grad)
+        sum_grad, sum_grad_x, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
+            grad, x, mean, invstd, weight, True, True, True)
+        sums = torch.stack((sum_grad, sum_grad_x))  # over the rank's images: (2, C)
+        dist.all_reduce(sums)
+        grad_x = torch.batch_norm_backward_elemt(grad, x, mean, invstd, weight, *sums, counts.int())
+        return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+def dense(x):
+    """x, (B, C) or (B, C, H, W), without gaps; channels last if it has them."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """nn.BatchNorm1d and 2d, in training by the statistics of all ranks. Its count stands still."""
+
+    def forward(self, x):
+        if not self.training:
+            return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight,
+                                            self.bias, eps=self.eps)
+        return BatchNormOfRanks.apply(x, self.weight, self.bias, self.running_mean,
+                                      self.running_var, self.momentum, self.eps)
+
+
+def synchronise(module):
+    """Make all batch norms in a module synchronised ones, in place; those of torch stay torch's."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            layer.__class__ = SyncBatchNorm
+
+
 def parallelise(model, device):
     """What to call in training: the model, or its DDP, with batch norms synchronised on GPUs."""
     if not dist.is_initialized():
         return model
     if device.type == "cuda":
-        # release: the transformer's batch norms are per GPU. here: all are synchronised
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: no model is itself a batch norm
+        synchronise(model)  # release: without the transformer's, which are per GPU. here: all
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer versions rename broadcast_buffers
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False,

@@ -79,8 +79,9 @@ def add_data_arguments(add):
 
 def add_run_arguments(add):
     """--precision, --workers, --seed, --log-every, --max-steps, --out: for all that train."""
-    add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
-        help="auto: bf16, fp16 with a scaler on GPUs that lack it, fp32 on a CPU")
+    add("--precision", choices=("auto", "bf16", "fp16", "tf32", "fp32"), default="auto",
+        help="auto: bf16, fp16 with a scaler on GPUs that lack it, fp32 on a CPU; fp32: float32 "
+             "throughout; tf32: with TensorFloat-32 products (GPUs from 2020 on)")
     add("--workers", type=natural,
         help=f"loading processes a rank (default: its share of the cores, up to {MOST_WORKERS}; on "
              "a CPU 0)")
@@ -349,14 +350,19 @@ class Run:
 # ------------------------------------------------------------------------------- precision, signals
 def set_precision(args, device):
     """Resolve --precision auto -> autocast context and gradient scaler, idle where not needed."""
-    if args.precision == "fp16" and device.type == "cpu":
-        fail("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
+    if args.precision in ("fp16", "tf32") and device.type == "cpu":
+        fail(f"--precision {args.precision} needs a GPU: use bf16 or fp32 on a CPU")
+    if args.precision == "tf32" and torch.cuda.get_device_capability(device) < (8, 0):
+        fail(f"--precision tf32: {torch.cuda.get_device_name(device)} lacks it, use fp16 or fp32")
     if args.precision == "auto" and device.type == "cpu":
         args.precision = "fp32"
     elif args.precision == "auto":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bf16" if bf16 else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[args.precision]
+    # torch's own default is TF32 in convolutions alone
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
     return autocast, torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 

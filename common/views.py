@@ -4,6 +4,7 @@ Random crop, colour jitter, blur, grayscale, flip, solarize: drawn by torchvisio
 `per_image` (in a worker: the reference) or by `augment` (batched, on the device). Scores and
 features are computed on centre crops.
 """
+import functools
 import math
 from itertools import permutations
 
@@ -97,8 +98,14 @@ class TwoViews:
 
 # ------------------------------------------------------------------------------------------ batched
 def per_channel(x, values):
-    """Three numbers, one a channel, as (3, 1, 1) on the device of x, which is not waited for."""
-    return torch.tensor(values, dtype=x.dtype).view(3, 1, 1).to(x.device, non_blocking=True)
+    """Three numbers, one a channel, as (3, 1, 1), of the type and on the device of x."""
+    return uploaded(values, x.dtype, x.device)
+
+
+@functools.cache
+def uploaded(values, dtype, device):
+    """Three numbers as (3, 1, 1) on a device: copied there once, without waiting for it."""
+    return torch.tensor(values, dtype=dtype).view(3, 1, 1).to(device, non_blocking=True)
 
 
 def imagenet_normalize(x):

@@ -216,7 +216,9 @@ def start(world, script, *flags, output, folders=None, before=None):
     """
     processes, port = [], str(free_port())
     for rank in range(world):
-        environment = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+        environment = {}  # the GPUs are those of this process: all, or none where it hides them
+        if "CUDA_VISIBLE_DEVICES" in os.environ:
+            environment["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
         if world > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
