@@ -120,9 +120,10 @@ def read_voc(path):
         root = ElementTree.parse(path)
     except ElementTree.ParseError as error:
         raise InputError(f"{path}: no annotation of VOC's ({error})") from None
-    sides = [root.findtext(f"size/{side}", "").strip() or "0" for side in ("width", "height")]
-    if not all(side.isdecimal() for side in sides):
-        raise InputError(f"{path}: its size must be two whole numbers, not {sides}")
+    texts = [root.findtext(f"size/{side}", "").strip() or "0" for side in ("width", "height")]
+    sides = [as_float(text) for text in texts]
+    if not all(side >= 0 and side.is_integer() for side in sides):
+        raise InputError(f"{path}: its size must be two whole numbers, not {texts}")
     things = []
     for thing in root.findall("object"):
         name = thing.findtext("name", "").strip()
@@ -220,10 +221,11 @@ class JsonReader:
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.at)
-            except json.JSONDecodeError as error:
-                reason = f"{error.msg} at character {self.before + error.pos}"
+            except (ValueError, RecursionError) as error:  # also of numbers of 5,000 digits
+                place = self.before + getattr(error, "pos", self.at)
                 if not self.read_on():
-                    raise InputError(reason) from None
+                    reason = getattr(error, "msg", error)
+                    raise InputError(f"{reason} at character {place}") from None
                 continue
             if self.text[end:end + 1] in (*" \t\r\n,:]}",) or not self.read_on():
                 self.at = end

@@ -112,6 +112,39 @@ def test_objects_are_read_as_they_are_written(tmp_path):
         source.objects[3]
 
 
+def test_lists_of_coco_may_come_in_any_order(tmp_path):
+    content = coco_content()
+    usual, _ = boxes.open_sources(str(coco_tree(tmp_path / "usual", content)), "coco-fpn")
+    for order in (("annotations", "categories", "images"), ("categories", "annotations", "images")):
+        changed = {"info": {"year": 2017}, **{name: content[name] for name in order}}
+        where = coco_tree(tmp_path / order[0], changed)
+        source, _ = boxes.open_sources(str(where), "coco-fpn")
+        assert source.classes == usual.classes and len(source) == len(usual) == 2
+        assert str([*source.objects]) == str([*usual.objects])
+        names = [[Path(path).name for path in one.paths] for one in (source, usual)]
+        assert names[0] == names[1] == ["000000000007.jpg", "000000000012.jpg"]
+
+
+@pytest.mark.parametrize("content, match", [
+    (b"", "'{' is missing at character 0"), (b"\x80{}", "utf-8"), (b"{}", "no object in the im"),
+    (b'{"images": [' + b"[" * 200_000, "recursion"), (b'{"images": [' + b"1" * 5000, "digits"),
+    (json.dumps(coco_content()).encode("utf-16"), "utf-8"),
+    (b'{"images": {"id": 1}}', "one of its images must have id, file_name, width, height"),
+    (b'{"images": [], "categories": [7]}', "one of its categories must have id, name, not 7"),
+    (json.dumps(coco_content()).encode()[:-30], "at character")])
+def test_a_file_that_is_no_annotation_of_cocos_is_refused(content, match, tmp_path):
+    path = coco_tree(tmp_path) / "annotations" / "instances_train2017.json"
+    path.write_bytes(content)
+    with pytest.raises(care.InputError, match=match) as caught:
+        boxes.open_sources(str(tmp_path), "coco-fpn")
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_the_farthest_point_can_be_drawn():
+    inside = boxes.as_mask([np.array([-1e5, -1e5, 1e5, -1e5, 1e5, 1e5, -1e5, 1e5])], 48, 60)
+    assert inside.shape == (48, 60) and inside.all()
+
+
 def test_what_a_source_keeps_is_flat(tmp_path):
     """Loading processes copy the pages of every Python object that they count references of."""
     source, _ = boxes.open_sources(str(coco_tree(tmp_path)), "coco-fpn")
@@ -231,6 +264,7 @@ def test_mistakes_in_coco_are_refused_before_training(split, change, match, tmp_
     (voc_thing("cat", (1, 1, "nan", 9)), "a cat has no box of numbers"),
     (voc_thing("cat", (1, 1, 9, "inf")), "a cat has no box of numbers"),
     (voc_thing("cat", (1, 1, 9, 9), "true"), "difficult of a cat must be 0 or 1, not 'true'"),
+    (voc_size("nan", 48), "its size must be two whole numbers, not .'nan', '48'"),
     (voc_size("60 px", 48), "its size must be two whole numbers, not .'60 px', '48'"),
 ])
 def test_mistakes_in_voc_are_refused_before_training(text, match, tmp_path):

@@ -296,7 +296,7 @@ def test_an_image_of_another_size_than_its_annotations_is_refused(protocol, tmp_
 
 def test_voc_without_sizes_is_taken_as_it_is(tmp_path):
     path = voc_tree(tmp_path) / "VOCdevkit/VOC2007/Annotations/000001.xml"
-    for size in ("", voc_size(0, 0), "<size/>"):
+    for size in ("", voc_size(0, 0), voc_size("0.0", "0"), "<size/>"):
         path.write_text(f"<annotation>{size}{voc_thing('dog', (31, 11, 90, 40))}</annotation>")
         source, _ = common.boxes.open_sources(str(tmp_path), "voc-c4")
         assert source[0][0][1]["boxes"].tolist() == [[30, 10, 60, 40]]
