@@ -16,6 +16,7 @@ object: the scores and all that led to them. The same command again resumes.
 import contextlib
 import io
 import json
+import math
 import pickle
 import re
 from functools import partial
@@ -23,15 +24,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models.detection import backbone_utils, faster_rcnn, mask_rcnn, roi_heads, rpn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import MultiScaleRoIAlign, box_convert, roi_align
 
 from care import ARCHS, InputError
-from common.boxes import as_tensors, collate, open_sources
+from common.boxes import as_tensors, collate, grouped_batches, open_sources
 from common.data import Stream
 from common.ranks import fail, gather, note, parallelise, take_buffers_of_rank_0, user_errors
 from common.run import (Run, add_run_arguments, checked, count, new_parser, positive, versions,
@@ -44,7 +46,7 @@ VOC = {"iterations": 24000, "warmup": 100, "falls": (18000, 22000), "sizes": ran
 COCO = {"iterations": 90000, "warmup": 1000, "falls": (60000, 80000), "sizes": range(640, 801, 32)}
 PROTOCOLS = {"voc-c4": VOC, "coco-c4": COCO, "coco-fpn": COCO}
 MAX_SIZE = 1333  # of the longer side, in pixels
-PROTOCOL_VERSION = 1  # raised when a resumed run would train in another way than before
+PROTOCOL_VERSION = 2  # raised when a resumed run would train in another way than before
 # What may differ when a run is resumed (the encoder's sha256 counts, not its path), and what an
 # argument was before it existed.
 FREE = ("workers", "out", "save_every", "log_every", "max_steps", "pretrained")
@@ -117,25 +119,87 @@ def export_detectron2(encoder, path):
 
 
 # --------------------------------------------------------------------------------------- detector
-class SharedHeads(roi_heads.RoIHeads):
-    """Heads whose mask head is the box head: conv5 sees a training batch's R regions once."""
+class Transform(GeneralizedRCNNTransform):
+    """Images and boxes to the detector's size and back; masks stay at the size they have."""
+
+    def resize(self, image, target=None):
+        masks = target.pop("masks", None) if target else None
+        image, target = super().resize(image, target)
+        if masks is not None:
+            target["masks"] = masks
+        return image, target
+
+    def postprocess(self, found, resized, sizes):
+        for one, before, size in zip(found, resized, sizes):
+            one["boxes"] = resize_boxes(one["boxes"], before, size)
+            if "masks" in one:
+                one["masks"] = paste_masks(one["masks"], one["boxes"], size)
+        return found
+
+
+def paste_masks(masks, boxes, size):
+    """Probabilities (n, 1, M, M) inside boxes (n, 4) in pixels -> (n, 1, *size), whether inside.
+
+    A mask is read bilinearly at each pixel's centre, as in Detectron2.
+    """
+    height, width = size
+    pasted = masks.new_zeros((len(masks), 1, height, width), dtype=torch.bool)
+    for mask, (x0, y0, x1, y1), image in zip(masks, boxes.tolist(), pasted):
+        left, right = max(0, math.floor(x0)), min(width, math.ceil(x1))
+        top, bottom = max(0, math.floor(y0)), min(height, math.ceil(y1))
+        x = 2 * (torch.arange(left, right) + 0.5 - x0) / (x1 - x0) - 1  # -1 and 1: the box's sides
+        y = 2 * (torch.arange(top, bottom) + 0.5 - y0) / (y1 - y0) - 1
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).to(mask)
+        values = F.grid_sample(mask[None], grid[None], align_corners=False)[0]
+        image[:, top:bottom, left:right] = values >= 0.5
+    return pasted
+
+
+def crop_masks(masks, boxes, matches, resized, side):
+    """What mask heads learn: masks (n, H, W) inside boxes (R, 4) -> (R, side, side), 0 to 1.
+
+    Of each cell the part that is inside; Detectron2 rounds it to 0 or 1. matches (R,): a box's
+    mask; resized: the size (height, width) of the image that the boxes lie in.
+    """
+    boxes = resize_boxes(boxes, resized, masks.shape[1:])
+    places = torch.cat((matches[:, None].to(boxes), boxes), 1)
+    return roi_align(masks[:, None].to(boxes), places, side, aligned=True)[:, 0]
+
+
+class Heads(roi_heads.RoIHeads):
+    """torchvision's heads, whose masks learn from `crop_masks`.
+
+    A mask head that is the box head, C4's conv5, sees a training batch's R regions once.
+    """
 
     def forward(self, features, proposals, image_shapes, targets=None):
         if not self.training:
             return super().forward(features, proposals, image_shapes)
         boxes, matches, labels, deltas = self.select_training_samples(proposals, targets)
-        maps = self.box_head(self.box_roi_pool(features, boxes, image_shapes))  # (R, C5, 7, 7)
+        maps = self.box_head(self.box_roi_pool(features, boxes, image_shapes))  # C4: (R, C5, 7, 7)
         logits, sides = self.box_predictor(maps)
         loss_class, loss_box = roi_heads.fastrcnn_loss(logits, sides, labels, deltas)
-        objects = [part > 0 for part in labels]
-        loss_mask = roi_heads.maskrcnn_loss(
-            self.mask_predictor(maps[torch.cat(objects)]),  # (objects, classes, 14, 14)
-            proposals=[part[keep] for part, keep in zip(boxes, objects)],
-            mask_matched_idxs=[part[keep] for part, keep in zip(matches, objects)],
-            gt_masks=[target["masks"] for target in targets],
-            gt_labels=[target["labels"] for target in targets])
-        losses = {"loss_classifier": loss_class, "loss_box_reg": loss_box, "loss_mask": loss_mask}
+        losses = {"loss_classifier": loss_class, "loss_box_reg": loss_box}
+        if self.has_mask():
+            objects = [part > 0 for part in labels]
+            boxes, matches, labels = ([part[keep] for part, keep in zip(parts, objects)]
+                                      for parts in (boxes, matches, labels))
+            if self.mask_head is self.box_head:
+                maps = maps[torch.cat(objects)]
+            else:
+                maps = self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))
+            logits = self.mask_predictor(maps)  # (objects, classes, M, M)
+            inside = [crop_masks(target["masks"], *rest, side=logits.shape[-1])
+                      for target, *rest in zip(targets, boxes, matches, image_shapes)]
+            losses["loss_mask"] = mask_loss(logits, torch.cat(labels), torch.cat(inside))
         return [], losses
+
+
+def mask_loss(logits, labels, inside):
+    """Binary cross-entropy of the masks (n, M, M) of the right classes; 0 where there are none."""
+    logits = logits[torch.arange(len(labels), device=labels.device), labels]
+    total = F.binary_cross_entropy_with_logits(logits, inside, reduction="sum")
+    return total / max(1, inside.numel())
 
 
 def as_float32(out):
@@ -206,48 +270,32 @@ def new_detector(encoder, protocol, classes, min_size=(800,), rois=512):
     proposals = rpn.RegionProposalNetwork(
         anchors, head, fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=256,
         positive_fraction=0.5, pre_nms_top_n=before_nms, post_nms_top_n=after_nms, nms_thresh=0.7)
-    new_heads = SharedHeads if protocol == "coco-c4" else roi_heads.RoIHeads
-    regions = new_heads(
+    regions = Heads(
         **heads, fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=rois,
         positive_fraction=0.25, bbox_reg_weights=(10.0, 10.0, 5.0, 5.0), score_thresh=0.05,
         nms_thresh=0.5, detections_per_img=100)
     for module in (backbone, head, regions.box_predictor, regions.mask_predictor):
         if module is not None:
             module.register_forward_hook(lambda module, inputs, out: as_float32(out))
-    transform = GeneralizedRCNNTransform(min_size, MAX_SIZE, IMAGENET_MEAN, IMAGENET_STD)
+    transform = Transform(min_size, MAX_SIZE, IMAGENET_MEAN, IMAGENET_STD)
     return GeneralizedRCNN(backbone, proposals, regions, transform)
 
 
 # ---------------------------------------------------------------------------------------- scoring
-def encode_masks(masks):
-    """Masks (n, height, width), above 0.5 inside -> n of pycocotools' run-length codes.
-
-    As its `encode` gives them, several times faster: only the columns a mask lies in are read.
-    """
-    from pycocotools.mask import frPyObjects
-    height, width = masks.shape[1:]
-    runs = []
-    for mask in masks:
-        inside = (mask > 0.5).cpu().numpy()
-        columns = np.flatnonzero(inside.any(0))
-        first, last = columns.min(initial=width), columns.max(initial=-1)
-        strip = inside[:, first:last + 1].T.ravel()  # column after column
-        ends = np.flatnonzero(np.diff(strip, prepend=False, append=False)) + first * height
-        counts = np.diff(ends, prepend=0, append=height * width).tolist()
-        if counts[-1] == 0:  # the last pixel is inside
-            counts.pop()
-        runs.append({"size": [height, width], "counts": counts})
-    return frPyObjects(runs, height, width) if runs else []
-
-
 def as_records(objects, image, masks):
-    """COCO's records of the objects, a target's or a detector's, in image number `image`."""
+    """COCO's records of the objects, a target's or a detector's, in image number `image`.
+
+    masks: whether the objects' are to be scored.
+    """
+    from pycocotools.mask import encode
     boxes = box_convert(objects["boxes"].cpu().double(), "xyxy", "xywh").tolist()
     nothing = torch.zeros(len(boxes))
     labels = objects["labels"].tolist()
     scores = objects.get("scores", nothing).tolist()
     crowd = objects.get("crowd", nothing).tolist()
-    codes = encode_masks(objects["masks"].flatten(0, -3)) if masks else None
+    if masks:
+        stack = objects["masks"].flatten(0, -3).permute(1, 2, 0).byte()  # (height, width, n)
+        codes = encode(np.asfortranarray(stack.cpu().numpy()))
     records = []
     for n, box in enumerate(boxes):
         one = {"image_id": image, "category_id": labels[n], "bbox": box, "area": box[2] * box[3],
@@ -290,7 +338,7 @@ def voc07_scores(truth, found):
         objects.setdefault((one["image_id"], one["category_id"]), []).append(one)
         if not one["iscrowd"]:
             counts[one["category_id"]] = counts.get(one["category_id"], 0) + 1
-    for one in sorted(found, key=lambda one: one["score"], reverse=True):
+    for one in sorted(found, key=lambda one: (-one["score"], one["image_id"])):
         others = objects.get((one["image_id"], one["category_id"]), [])
         best, overlap = None, 0.0
         if others:
@@ -441,7 +489,9 @@ def main(argv=None):
     per_epoch = args.images // args.batch_size * args.batch_size
     stream = Stream(source, partial(as_tensors, flip=0.5), args.seed, per_epoch)
     model.train()
-    for step, [(images, targets, _)] in run.batches(stream, args.batch_size, collate=collate):
+    batches = run.batches(stream, args.batch_size, collate=collate,
+                          numbers=partial(grouped_batches, stream))
+    for step, [(images, targets, _)] in batches:
         # the sizes of images and the sampling of regions are drawn from this seed
         seed = np.random.SeedSequence((args.seed, step, run.rank)).generate_state(1)[0]
         torch.manual_seed(int(seed))

@@ -105,11 +105,50 @@ def test_masks_of_c4_train_on_the_maps_of_their_own_regions():
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_an_image_without_objects_trains(protocol):
+@pytest.mark.parametrize("empty", [(1,), (0, 1)])
+def test_images_without_objects_train(empty, protocol):
     images, targets = batch(scenes(2))
-    targets[1] = {name: value[:0] for name, value in targets[1].items()}
-    losses = detector(protocol).train()(images, targets)
+    for number in empty:
+        targets[number] = {name: value[:0] for name, value in targets[number].items()}
+    model = detector(protocol).train()
+    losses = model(images, targets)
+    sum(losses.values()).backward()
     assert torch.isfinite(sum(losses.values()))
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("protocol", ["coco-c4", "coco-fpn"])
+def test_masks_learn_their_own_object_inside_their_box(protocol, monkeypatch):
+    """Two images of other sizes than the detector's: every target is cut from the right mask."""
+    model = detector(protocol, rois=32).train()
+    seen, images, targets = [], *batch(scenes(2, size=96))
+    plain = detect_eval.mask_loss
+    monkeypatch.setattr(detect_eval, "mask_loss",
+                        lambda *rest: seen.extend(rest) or plain(*rest))
+    select, samples = model.roi_heads.select_training_samples, []
+    model.roi_heads.select_training_samples = lambda *rest: samples.extend(select(*rest)) or samples
+    losses = model(images, targets)
+    (logits, labels, inside), (boxes, matches, all_labels, _) = seen, samples
+    side = {"coco-c4": 14, "coco-fpn": 28}[protocol]
+    assert logits.shape == (len(labels), 11, side, side) and inside.shape == logits[:, 0].shape
+    right = torch.sigmoid(logits[range(len(labels)), labels])
+    assert losses["loss_mask"].item() == pytest.approx(
+        nn.functional.binary_cross_entropy(right, inside).item(), rel=1e-4)
+    row = 0
+    for image in range(2):
+        for box, match, label in zip(boxes[image], matches[image], all_labels[image]):
+            if label == 0:
+                continue
+            x0, y0, x1, y1 = (box * 96 / 64).tolist()  # in the image as it was
+            mask = targets[image]["masks"][match]
+            x = (x0 + (torch.arange(side) + 0.5) * (x1 - x0) / side).long().clamp(0, 95)
+            y = (y0 + (torch.arange(side) + 0.5) * (y1 - y0) / side).long().clamp(0, 95)
+            assert labels[row] == label == targets[image]["labels"][match]
+            assert (inside[row].round() == mask[y][:, x]).float().mean() > 0.85
+            assert inside[row].min() >= 0 and inside[row].max() <= 1
+            row += 1
+    assert row == len(labels) >= 4
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -367,6 +406,20 @@ class PooledHead(nn.Sequential):
         super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, outputs), nn.ReLU())
 
 
+class Upright(common.boxes.Scenes):
+    """Scenes of 96 pixels, of which every third stands and the others lie: 64 are left."""
+
+    def __init__(self, length):
+        super().__init__("train", length, 96)
+        self.sizes = np.array([(64, 96) if n % 3 == 0 else (96, 64) for n in range(length)])
+
+    def __getitem__(self, index):
+        (image, target), number = super().__getitem__(index)
+        width, height = self.sizes[index].tolist()
+        target["masks"] = target["masks"][:, :height, :width]
+        return (image.crop((0, 0, width, height)), target), number
+
+
 @pytest.fixture
 def few(monkeypatch):
     """Images of 64 pixels, three for scoring, at most ten detections in each, and a small head."""
@@ -432,7 +485,7 @@ def test_the_last_line_tells_all(few, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()[-1]
     result = json.loads(printed)
     expected = {
-        "metric": "VOC07, 11 points of recall", "protocol": "voc-c4", "protocol_version": 1,
+        "metric": "VOC07, 11 points of recall", "protocol": "voc-c4", "protocol_version": 2,
         "encoder": str(encoder), "sha256": sha256_of(load_encoder(encoder)),
         "arch": "thin", "data": "shapes:5", "images": 5, "val_images": 3, "iterations": 1,
         "batch_size": 2, "lr": 0.002, "min_size": [32, 64], "max_size": 1333, "rois": 4, "seed": 3,
@@ -441,22 +494,30 @@ def test_the_last_line_tells_all(few, tmp_path, capsys):
     assert {name: result.get(name) for name in expected} == expected
     assert "threads" in result["device"]
     assert (tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1] == printed
-    assert header(tmp_path / "run")["args"]["protocol_version"] == 1
+    assert header(tmp_path / "run")["args"]["protocol_version"] == 2
 
 
-def test_a_run_begun_before_the_number_of_the_protocol_goes_on(few, tmp_path, capsys):
+def test_a_run_that_began_with_another_protocol_is_refused(few, tmp_path, capsys):
     flags = ["--data", "shapes:4", "--iterations", 3, "--max-steps", 1]
     detect(tmp_path, *flags)
     path = tmp_path / "last.pth"
     checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["args"]["protocol_version"]
-    torch.save(checkpoint, path)
-    assert len(detect(tmp_path, *flags[:-1], 2)) == 2
-    checkpoint["args"]["protocol_version"] = 0
+    del checkpoint["args"]["protocol_version"]  # before it was numbered
     torch.save(checkpoint, path)
     capsys.readouterr()
-    refused(capsys, *SMALL, *flags, "--out", tmp_path, match="protocol_version was 0, is 1",
+    refused(capsys, *SMALL, *flags, "--out", tmp_path, match="protocol_version was 1, is 2",
             script=detect_eval)
+
+
+def test_a_runs_steps_have_images_of_one_orientation(watched, tmp_path, monkeypatch):
+    """Images of 64 x 96 and 96 x 64 pixels: no step pads either."""
+    source = Upright(40)
+    monkeypatch.setattr(detect_eval, "open_sources", lambda *where: (source, source))
+    detect_eval.main([*SMALL, "--data", "shapes:40", "--iterations", "9", "--batch-size", "4",
+                      "--out", str(tmp_path)])
+    shapes = [{tuple(image.shape) for image, _ in images} for images in watched.batches]
+    assert len(shapes) == 9 and {len(one) for one in shapes} == {1}
+    assert len(set.union(*shapes)) == 2
 
 
 def test_a_signal_stops_training_with_a_checkpoint(few, tmp_path, capsys, monkeypatch):
