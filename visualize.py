@@ -190,7 +190,7 @@ def read_log(run):
             if isinstance(value, (int, float)) and math.isfinite(value):
                 curves[name].append((line["step"], value))
     if not any(curves.values()):
-        raise InputError(f"{path}: no logged steps of train.py in it")
+        raise InputError(f"{path}: not a log, or no logged steps of train.py in it")
     return curves
 
 
