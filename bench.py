@@ -130,11 +130,12 @@ def bench_data(run, args):
         stream = Stream(source, two_views, args.seed, len(source))
         numbers = stream_batches(0, 20 * workers, 16)
         batches = load_batches(stream, numbers, workers, run.device)
-        for _ in range(4 * workers):
-            next(batches)
-        start, count = time.perf_counter(), 0
-        for batch in batches:
-            count += len(batch[1])
+        with user_errors():
+            for _ in range(4 * workers):
+                next(batches)
+            start, count = time.perf_counter(), 0
+            for batch in batches:
+                count += len(batch[1])
         rates[mode] = count / (time.perf_counter() - start) / workers
     return {"data": args.data, "workers": workers, "pairs/s per worker": rates}
 
@@ -145,11 +146,11 @@ def main(argv=None):
     add_arguments(parser)
     args = fill_in(parser.parse_args(argv))
     args.out = None  # no directory
-    run = Run(args, ())
-    if run.world > 1:
-        fail("bench.py measures one process: run it without torchrun")
     loading = any(flag.partition("=")[0] == "--data" for flag in argv)
-    print(json.dumps(bench_data(run, args) if loading else bench_step(run, args)))
+    with Run(args, ()) as run:
+        if run.world > 1:
+            fail("bench.py measures one process: run it without torchrun")
+        print(json.dumps(bench_data(run, args) if loading else bench_step(run, args)))
 
 
 if __name__ == "__main__":

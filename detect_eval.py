@@ -461,18 +461,8 @@ def open_all(run, args):
     return encoder, source, val
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    if args.export_detectron2:
-        with user_errors():
-            encoder = open_encoder(args.pretrained, args.arch, "imagenet", args.seed)
-            export_detectron2(encoder, args.export_detectron2)
-        return
-    try:
-        import pycocotools.cocoeval  # noqa: F401
-    except ImportError:
-        fail("scoring needs pycocotools: pip install pycocotools")
-    run = Run(args, FREE)
+def transfer(run, args):
+    """The whole protocol: train a detector around the encoder, score it."""
     torch.backends.cudnn.benchmark = False  # image sizes vary
     encoder, source, val = open_all(run, args)
 
@@ -510,6 +500,21 @@ def main(argv=None):
               "max_size": MAX_SIZE, "val_images": len(val), **versions(run.world, run.device)}
     run.log(result)
     run.finish(json.dumps(result))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.export_detectron2:
+        with user_errors():
+            encoder = open_encoder(args.pretrained, args.arch, "imagenet", args.seed)
+            export_detectron2(encoder, args.export_detectron2)
+        return
+    try:
+        import pycocotools.cocoeval  # noqa: F401
+    except ImportError:
+        fail("scoring needs pycocotools: pip install pycocotools")
+    with Run(args, FREE) as run:
+        transfer(run, args)
 
 
 if __name__ == "__main__":

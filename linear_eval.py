@@ -291,9 +291,8 @@ def score_classifier(run, args, encoder, val):
     return {"top1": top1, "top5": top5, **saved["trained"], "classifier": path}
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    run = Run(args, FREE)
+def score_encoder(run, args):
+    """The whole protocol that `args` asks for."""
     encoder = open_frozen(run, args)
     train, val = open_sets(run, args, args.labels)
     if args.evaluate is not None:
@@ -306,6 +305,12 @@ def main(argv=None):
     else:
         scores = train_classifier(run, args, encoder, train, val)
     finish(run, args, scores)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with Run(args, FREE) as run:
+        score_encoder(run, args)
 
 
 if __name__ == "__main__":

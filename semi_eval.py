@@ -157,7 +157,8 @@ def fine_tune(run, args, encoder, name, source, lr, epochs):
     groups = [{"params": list(model.encoder.parameters()), "base_lr": lr},
               {"params": list(model.head.parameters()), "base_lr": args.head_lr}]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
-    fit(run.within(args), args, model, optimizer, source)
+    with run.within(args) as inner:
+        fit(inner, args, model, optimizer, source)
     return model, args
 
 
@@ -180,9 +181,8 @@ def compare(run, args, encoder, train, indices, grid):
 
 
 # --------------------------------------------------------------------------------------------- main
-def main(argv=None):
-    args = parse_args(argv)
-    run = Run(args, (*FREE, "subset"))  # known by its sha256
+def score_encoder(run, args):
+    """The whole protocol: the subset, what is compared on a fifth of it, the best on all of it."""
     encoder = open_frozen(run, args)
     train, val = open_sets(run, args)
     with user_errors():
@@ -212,6 +212,12 @@ def main(argv=None):
         "lr": final.lr, "head_lr": final.head_lr, "epochs": final.epochs,
         "batch_size": final.batch_size, "labels": len(subset), "subset": args.subset_sha256,
         "choice": choice})
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with Run(args, (*FREE, "subset")) as run:  # known by its sha256
+        score_encoder(run, args)
 
 
 if __name__ == "__main__":

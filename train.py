@@ -17,8 +17,8 @@ from care import ARCHS, CARE, METHODS, POSITIONS, TAPS, InputError, tau_at
 from common.data import NAMED_SETS, RECIPES, Stream, describe, open_images, open_labelled
 from common.knn import knn
 from common.ranks import agree, fail, parallelise, user_errors
-from common.run import (Run, add_data_arguments, add_run_arguments, checked, count, fraction,
-                        natural, new_parser, not_negative, positive, use_recipe)
+from common.run import (Run, add_data_arguments, add_run_arguments, check_compiler, checked, count,
+                        fraction, natural, new_parser, not_negative, positive, use_recipe)
 from common.views import TwoViews, augment
 
 # What may differ when a run is resumed: speed, place and output, never the mathematics.
@@ -201,11 +201,13 @@ def lr_at(step, total_steps, warmup_steps, peak):
 def new_model(args, device):
     """-> CARE, channels last on the device and compiled if asked for, and its optimiser.
 
-    One group of parameters; with --predictor-lr, the predictors are a second one.
+    One group of parameters; with --predictor-lr, the predictors are a second one. InputError when
+    --compile does not work on this machine.
     """
     model = CARE(**{name: getattr(args, name) for name in MODEL_ARGS})
     model = model.to(device, memory_format=torch.channels_last)
     if args.compile:
+        check_compiler(device)
         model.online.compile()
         model.momentum.compile()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -285,9 +287,8 @@ def open_data(run, args):
     return source, bank, val
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    run = Run(args, FREE)
+def pretrain(run, args):
+    """The whole run: data, model, where an earlier one got to, the loop."""
     if args.compile and run.world > 1:  # DDP breaks the branches into more graphs than torch keeps
         fail(f"--compile is for one process, not for {run.world} ranks: leave it out")
     source, bank, val = open_data(run, args)
@@ -309,7 +310,7 @@ def main(argv=None):
         defaults=vars(parse_args(["--data", args.data])) | {"predictor_lr": 1},
         model_args={name: getattr(args, name) for name in MODEL_ARGS})
     parallel = parallelise(model, run.device)
-    scores = {line["step"]: line["knn"] for line in run.lines if "knn" in line}
+    scores = {line["step"]: line["knn"] for line in run.lines if {"step", "knn"} <= line.keys()}
 
     def watch(step):
         """Log kNN's top-1 on val after `step`, if it is due and has not been."""
@@ -342,6 +343,12 @@ def main(argv=None):
                   epoch=round(epoch, 4), **rates)
         watch(step + 1)
     run.finish(run.unfinished() or f"step {run.total} of {run.total}: {ending(args, scores)}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with Run(args, FREE) as run:
+        pretrain(run, args)
 
 
 if __name__ == "__main__":

@@ -182,10 +182,7 @@ def find_images(args, source):
 def read_log(run):
     """The curves in a run directory or log.jsonl: (step, value) by key. InputError if none."""
     path = Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run)
-    try:
-        lines = [line for line in read_lines(path) if isinstance(line, dict) and "step" in line]
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a log of train.py") from None
+    lines = [line for line in read_lines(path) if "step" in line]
     curves = {name: [] for name in CURVES}
     for line in lines:
         for name in CURVES:
@@ -193,7 +190,7 @@ def read_log(run):
             if isinstance(value, (int, float)) and math.isfinite(value):
                 curves[name].append((line["step"], value))
     if not any(curves.values()):
-        raise InputError(f"{path}: no logged steps of train.py in it")
+        raise InputError(f"{path}: not a log, or no logged steps of train.py in it")
     return curves
 
 

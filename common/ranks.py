@@ -8,7 +8,10 @@ import ctypes
 import datetime
 import json
 import os
+import platform
 import sys
+import time
+import uuid
 import warnings
 
 import torch
@@ -25,15 +28,17 @@ def join_ranks():
     """Join torchrun's process group -> rank, world, device, and how many cores this rank has.
 
     NCCL where every rank has a GPU of its own, else gloo. Exit code 2 when the launcher's variables
-    are incomplete or its port is taken.
+    are incomplete or make no sense, or the ranks do not meet; torchrun then starts them again.
     """
     wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in wanted if name not in os.environ]
-    if missing and ("RANK" in os.environ or "WORLD_SIZE" in os.environ):
+    missing = [name for name in wanted if not os.environ.get(name)]
+    if missing and (os.environ.get("RANK") or os.environ.get("WORLD_SIZE")):
         fail(f"started as a rank, but without {', '.join(missing)}: use torchrun, or set all of "
-             f"{', '.join(wanted)} (and LOCAL_RANK)")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+             f"{', '.join(wanted)} (and LOCAL_RANK)", everywhere=True)
+    rank, world = variable("RANK", 0), variable("WORLD_SIZE", 1)
+    local_rank = variable("LOCAL_RANK", 0)
+    if rank >= world:
+        fail(f"RANK={rank}: must be below WORLD_SIZE={world}", everywhere=True)
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
     if gpus:
@@ -46,21 +51,59 @@ def join_ranks():
     return rank, world, device, share_of_cores(ranks, rank)
 
 
+def variable(name, default):
+    """A launcher's variable, a whole number; `default` where it is not set, or empty."""
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdigit()):
+        fail(f"{name}={text}: must be a whole number; is it left over from another launcher?",
+             everywhere=True)
+    return int(text)
+
+
 def enter_group(rank, world, mine, device):
     """Enter the process group. mine: this rank's hardware -> every rank's, by rank."""
+    if variable("MASTER_PORT", 0) > 65535:
+        fail(f"MASTER_PORT={os.environ['MASTER_PORT']}: ports end at 65535", everywhere=True)
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    except dist.DistNetworkError as error:
+        store = store_of_this_start(store, rank, world)
+        store.set(f"care/{rank}", json.dumps(mine))
+        ranks = [json.loads(store.get(f"care/{other}")) for other in range(world)]
+        backend = choose_backend([other["gpu"] for other in ranks])
+        if backend == "gloo" and mine["gpu"] and rank == 0:
+            print(f"warning: {world} ranks share GPUs: they speak over gloo, slowly",
+                  file=sys.stderr)
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world,
+                                device_id=None if backend == "gloo" else device)
+    except (RuntimeError, TimeoutError) as error:  # of torch, for whatever a network may do
         reason = str(error).splitlines()[0][:120]
-        fail(f"rank {rank}: no meeting ({reason}); does another run use MASTER_PORT?")
-    store.set(f"care/{rank}", json.dumps(mine))
-    ranks = [json.loads(store.get(f"care/{other}")) for other in range(world)]
-    backend = choose_backend([other["gpu"] for other in ranks])
-    if backend == "gloo" and mine["gpu"] and rank == 0:
-        print(f"warning: {world} ranks share GPUs: they speak over gloo, slowly", file=sys.stderr)
-    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world,
-                            device_id=None if backend == "gloo" else device)
+        fail(f"rank {rank}: no meeting ({reason}); does another run use MASTER_PORT, or has a rank "
+             "not started?", everywhere=True)
     return ranks
+
+
+def store_of_this_start(store, rank, world):
+    """A part of the store that no earlier start has written to.
+
+    torchrun's store outlives the ranks. After a restart it still has the addresses of the dead, and
+    a rank that reads one too early waits for nobody. So each rank asks rank 0 a question of its own
+    for this start's name. A question of the dead is answered too, to no effect.
+    """
+    if rank > 0:
+        question = uuid.uuid4().hex
+        store.set(f"care/question/{rank}", question)
+        name = store.get(f"care/answer/{question}").decode()
+        store.set(f"care/{name}/{rank}", "has it")
+        return dist.PrefixStore(name, store)
+    name, deadline = uuid.uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
+    for other in range(1, world):
+        while not store.check([f"care/{name}/{other}"]):
+            question = store.get(f"care/question/{other}").decode()
+            store.set(f"care/answer/{question}", name)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"rank {other} has not come")
+            time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 def choose_backend(gpus):
@@ -74,7 +117,7 @@ def own_hardware(device):
     limited = hasattr(os, "sched_getaffinity")  # elsewhere a process may run on every core
     cores = sorted(os.sched_getaffinity(0)) if limited else list(range(os.cpu_count()))
     gpu = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else None
-    return {"host": os.uname().nodename, "cores": cores, "gpu": gpu and str(gpu)}
+    return {"host": platform.node(), "cores": cores, "gpu": gpu and str(gpu)}
 
 
 def share_of_cores(ranks, rank):
@@ -90,7 +133,7 @@ def share_of_cores(ranks, rank):
 
 def keep_memory():
     """Let glibc keep freed memory for the next step: fresh pages take a third of a CPU's step."""
-    libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large tensor
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back to the system
@@ -143,9 +186,10 @@ def take_buffers_of_rank_0(model):
 
 
 # ------------------------------------------------------------------------------------------- errors
-def fail(message, code=2):
-    """One line on stderr (from the first rank of each node) and out."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def fail(message, code=2, everywhere=False):
+    """One line on stderr (from the first rank of each node, unless everywhere) and out."""
+    places = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK")]
+    if everywhere or any(place in (None, "", "0") for place in places):
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 

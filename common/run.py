@@ -9,15 +9,18 @@ import atexit
 import contextlib
 import copy
 import errno
-import fcntl
 import io
 import json
 import math
+import multiprocessing.connection
+import multiprocessing.queues
 import os
-import resource
+import re
 import signal
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import numpy
@@ -27,20 +30,28 @@ import torchvision
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+try:
+    import fcntl
+    import resource
+except ModuleNotFoundError:  # Windows
+    fcntl = resource = None
+
 from care import InputError
 from common.data import (NAMED_SETS, Failed, Stream, collate, file_of, recipe_of, stream_batches)
-from common.ranks import (agree, average, fail, gather, join_ranks, leave_ranks,
+from common.ranks import (agree, average, fail, gather, join_ranks, leave_ranks, note,
                           same_on_all_ranks, user_errors)
 from common.weights import check_state, load_checkpoint
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+                if hasattr(signal, name)]  # Windows has two of them
 MOST_WORKERS = 16  # loading processes per rank unless --workers asks for more
 SCORING_BATCH = 256  # images that are scored at a time, over all ranks
 
 
 # ---------------------------------------------------------------------------------------- arguments
 def new_parser(doc):
-    """An argument parser with a script's docstring as its description."""
+    """An argument parser with a script's docstring as its description. Makes printing safe."""
+    keep_printing()
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
     parser.error = fail
@@ -105,6 +116,34 @@ def use_recipe(args, names):
     args.image_size = [sides[0], sides[-1]]
 
 
+# ----------------------------------------------------------------------------------------- printing
+class Output(io.FileIO):
+    """stdout or stderr. What nobody reads any more (`| head -1`, a closed terminal) is dropped."""
+
+    def write(self, content):
+        try:
+            return super().write(content)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            return len(content)
+
+
+def keep_printing():
+    """Printing ends no run: no stream that is closed, no reader that left, no name of odd bytes."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  open until the end
+        elif stream is getattr(sys, f"__{name}__"):
+            stream.flush()
+            file = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
+            errors = "backslashreplace" if stream.errors == "strict" else stream.errors
+            setattr(sys, name, io.TextIOWrapper(
+                file, stream.encoding, errors, line_buffering=stream.line_buffering,
+                write_through=stream.write_through))
+
+
 # ---------------------------------------------------------------------------------------------- Run
 class Diverged(SystemExit):
     """A loss or a weight is not finite: unless caught, one line on stderr and exit code 1."""
@@ -113,6 +152,8 @@ class Diverged(SystemExit):
 class Run:
     """A script's handle on ranks, device, precision, and the directory, log and checkpoints.
 
+    `with Run(args, FREE) as run:` around all that a script does: should memory run out in it, what
+    is done is saved, and the error is one line.
     rank, world: of torchrun. device, autocast, scaler: by the hardware and --precision. out: the
     directory. step: optimiser steps done, of `total`; training ends at `stop`. lines: what the log
     had before this start, on rank 0.
@@ -125,14 +166,52 @@ class Run:
         args.precision. Exit code 2 for what does not work on this machine.
         """
         self.args, self.free, self.out = args, free, args.out
-        self.signals = catch_signals()
+        self.step = self.saved = 0
         self.rank, self.world, self.device, cores = join_ranks()
+        self.signals = catch_signals()
         if args.workers is None:
             args.workers = min(MOST_WORKERS, cores) if self.device.type == "cuda" else 0
         self.autocast, self.scaler = set_precision(args, self.device)
         with user_errors():
             if self.rank == 0 and self.out is not None:
                 self.lock = open_directory(self.out)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Out of memory: rank 0 saves the last whole step; one line and exit code 1.
+
+        Ranks exchange nothing: the others may wait in the step that this one cannot make.
+        """
+        if error is None or not out_of_memory(error):
+            return
+        traceback.clear_frames(trace)  # and what the step had allocated
+        smaller = "a smaller --batch-size"
+        if hasattr(self.args, "accum_steps"):
+            smaller += " or more --accum-steps"
+        size = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+        text = f"out of memory{f' ({size[0].lower()})' if size else ''}: {smaller} needs less"
+        if self.step:
+            text += f", in another --out; {self.keep_last_step()}"
+        rank = f"rank {self.rank}: " if self.world > 1 else ""
+        fail(f"{self.out or 'bench'}: {rank}{text}", code=1, everywhere=True)
+
+    def keep_last_step(self):
+        """Save what is done, on rank 0, in the midst of a step that failed -> what is kept."""
+        model = self.parts["model"]
+        model.zero_grad(set_to_none=True)
+        finite = all(value.isfinite() for value in self.meters.values()) and is_finite(model)
+        if self.rank == 0 and self.step > self.saved and finite:
+            for buffer, whole in zip(model.buffers(), self.buffers):
+                buffer.copy_(whole)
+            try:
+                self.write_checkpoint("last")
+                self.saved = self.step
+            except Exception as error:
+                if not isinstance(error, OSError) and not out_of_memory(error):
+                    raise
+        return f"saved is step {self.saved} of {self.total}"
 
     def within(self, args):
         """The same ranks and device with other arguments, in args.out, a directory below."""
@@ -166,6 +245,8 @@ class Run:
                 checkpoint = load_checkpoint(path)
                 check_same_run(path, checkpoint, vars(self.args), self.parts, self.free,
                                defaults or {})
+            elif self.rank == 0:
+                check_nothing_lost(self.out, self.exports)
         if self.world > 1:
             handed_on = [checkpoint]
             dist.broadcast_object_list(handed_on, 0, device=torch.device("cpu"))
@@ -190,7 +271,7 @@ class Run:
         Then what is done is saved, and an error is one line and exit code 2.
         """
         self.batch_size, self.unreadable = batch_size, Unreadable(stream, self.known)
-        self.logged, self.logged_at = self.step, time.time()
+        self.logged, self.logged_at = self.step, time.perf_counter()
         sampler = numbers(self.step, self.stop, batch_size, self.rank, self.world, accum_steps)
         loaded = load_batches(stream, sampler, self.args.workers, self.device, collate)
         failure = None
@@ -205,6 +286,7 @@ class Run:
                 break
             for *_, bad in batches:
                 self.unreadable.note(bad)
+            self.buffers = [buffer.clone() for buffer in self.parts["model"].buffers()]
             yield step, [batch[:-1] for batch in batches]
         self.bar.close()
         self.save()
@@ -223,9 +305,11 @@ class Run:
         self.bar.update()
         if done % self.args.log_every == 0 or done == self.total:
             values, unreadable = self.check()
-            seconds, self.logged_at = time.time() - self.logged_at, time.time()
-            rate, self.logged = (done - self.logged) * self.batch_size / seconds, done
-            speed = {"images/s": round(rate, 2), "memory_gib": round(memory_gib(self.device), 2)}
+            now, images = time.perf_counter(), (done - self.logged) * self.batch_size
+            seconds, self.logged, self.logged_at = now - self.logged_at, done, now
+            rate = round(images / seconds, 2) if seconds > 0 else None  # a clock that stands still
+            memory = memory_gib(self.device)
+            speed = {"images/s": rate, "memory_gib": memory and round(memory, 2)}
             self.log({"step": done, **fields, **values, **speed, "unreadable": unreadable})
             self.show(**{name: f"{value:.3f}" for name, value in values.items()})
         if keep:
@@ -239,10 +323,7 @@ class Run:
         Diverged unless meters, parameters and floating-point buffers are finite.
         """
         values = average(self.meters)
-        floats = [tensor for tensor in self.parts["model"].state_dict().values()
-                  if tensor.is_floating_point()]
-        norms = torch.stack(torch._foreach_norm(floats))
-        finite = bool(norms.isfinite().all()) and all(map(math.isfinite, values.values()))
+        finite = is_finite(self.parts["model"]) and all(map(math.isfinite, values.values()))
         if agree(not finite):
             text = ", ".join(f"{name} {value:g}" for name, value in values.items())
             message = (f"error: {self.out}: step {self.step}: loss or weights not finite ({text}); "
@@ -251,18 +332,25 @@ class Run:
         return values, self.unreadable.count()
 
     def save(self, name="last"):
-        """Write the exports, then NAME.pth: a step in last.pth has all files."""
+        """Write exports and checkpoint, from rank 0; exit code 1 if the disk fails."""
         if name == "last" and self.step == self.saved:
             return
         self.check()
+        with self.writing():
+            if self.rank == 0:
+                self.write_checkpoint(name)
+        if name == "last":
+            self.saved = self.step
+
+    def write_checkpoint(self, name):
+        """Write the exports, then NAME.pth: a step in last.pth has all files. Rank 0 alone."""
         for file, module in self.exports.items():
-            self.write(file, {key: value.cpu() for key, value in module.state_dict().items()})
+            weights = {key: value.cpu() for key, value in module.state_dict().items()}
+            write_whole(f"{self.out}/{file}", as_bytes(torch.save, weights))
         state = {part: self.parts[part].state_dict() for part in self.parts}
         state |= {"step": self.step, "args": vars(self.args),
                   "unreadable": sorted(self.unreadable.known)}
-        self.write(f"{name}.pth", state | self.more)
-        if name == "last":
-            self.saved = self.step
+        write_whole(f"{self.out}/{name}.pth", as_bytes(torch.save, state | self.more))
 
     def unfinished(self):
         """Why training ended before its last step, and what to type next; "" at its end."""
@@ -310,9 +398,13 @@ class Run:
 
         Whole or not at all, serialised in memory before the file is touched.
         """
-        with user_errors(1, f"cannot write to {self.out} (what was there before stays): "):
+        with self.writing():
             if self.rank == 0:
                 write_whole(f"{self.out}/{name}", as_bytes(torch.save, state))
+
+    def writing(self):
+        """Where files are written: a disk that refuses is one line and exit code 1 on all ranks."""
+        return user_errors(1, f"cannot write to {self.out} (what was there before stays): ")
 
     def begin_log(self):
         """Begin log.jsonl, or cut it after `step`, and add a header -> lines kept, on rank 0."""
@@ -320,7 +412,12 @@ class Run:
         with user_errors():
             if self.rank == 0:
                 if self.step and path.exists():
-                    kept = [line for line in read_lines(path) if line.get("step", 0) <= self.step]
+                    lines = read_lines(path)
+                    kept = [line for line in lines if line.get("step", 0) <= self.step]
+                    if len(lines) < path.read_bytes().count(b"\n"):
+                        write_whole(f"{path}.damaged", path.read_bytes())
+                        note(f"{path}: lines that cannot be read are left out; {path}.damaged is "
+                             "as it was")
                 header = {"args": vars(self.args), "steps": self.total, "resumed_at": self.step,
                           **versions(self.world, self.device)}
                 text = "".join(json.dumps(line) + "\n" for line in [*kept, header])
@@ -347,7 +444,17 @@ class Run:
         leave_ranks()
 
 
-# ------------------------------------------------------------------------------- precision, signals
+# --------------------------------------------------------------------- compiler, precision, signals
+def check_compiler(device):
+    """InputError unless torch.compile works on this machine, tried on a sine: nothing of ours."""
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))
+    except Exception as error:  # compilers, headers, Triton, caches: whatever a machine may lack
+        reason = [line for line in str(error).splitlines() if line.strip()]
+        raise InputError(f"--compile: torch.compile does not work here ({reason[0][:200]}); it "
+                         "needs a C++ compiler, on a GPU Triton too; leave --compile out") from None
+
+
 def set_precision(args, device):
     """Resolve --precision auto -> autocast context and gradient scaler, idle where not needed."""
     if args.precision in ("fp16", "tf32") and device.type == "cpu":
@@ -368,7 +475,10 @@ def set_precision(args, device):
 
 
 def catch_signals():
-    """-> a list, empty until one of STOP_SIGNALS asks to save and stop; a second ends at once."""
+    """-> a list, empty until one of STOP_SIGNALS asks to save and stop; a second ends at once.
+
+    SIGHUP, of a terminal that closes, stays ignored where nohup has had it ignored.
+    """
     received = []
 
     def handler(number, frame):
@@ -377,24 +487,37 @@ def catch_signals():
             signal.signal(number, signal.SIG_DFL)
 
     for number in STOP_SIGNALS:
-        signal.signal(number, handler)
+        if signal.Signals(number).name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
     return received
 
 
-def ignore_signals(worker):
-    """In a worker process: the main process decides when to stop."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+# ------------------------------------------------------------------------------------------- memory
+def out_of_memory(error):
+    """Whether memory has run out: Python's, a GPU's, or a CPU's, of which only the text tells."""
+    signs = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+    text = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return text or isinstance(error, MemoryError)
+
+
+def is_finite(module):
+    """Whether a module's parameters and floating-point buffers are finite: waits once for all."""
+    floats = [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+    return bool(torch.stack(torch._foreach_norm(floats)).isfinite().all())
 
 
 # ------------------------------------------------------------------------------------ the directory
+OWN_FILES = ("last.pth", "encoder.pth", "epoch[0-9][0-9][0-9][0-9].pth", "classifier.pth",
+             "log.jsonl", "subset.txt")
+
+
 def open_directory(out):
     """Create and lock the run directory, remove half-written files. -> the lock, to be kept."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / "lock", "w")  # noqa: SIM115  open as long as the run
+    lock = open(out / "lock", "ab")  # noqa: SIM115  open as long as the run
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # POSIX: surviving workers hold nothing
+        lock_file(lock)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise InputError(f"--out {out}: another process is running in this directory") from None
@@ -402,9 +525,31 @@ def open_directory(out):
             raise
         print(f"warning: {lock.name}: no locks here ({error.strerror}): no other run may use this "
               "directory", file=sys.stderr)
-    for leftover in out.glob("*.tmp"):
-        leftover.unlink()
+    for name in OWN_FILES:
+        for leftover in out.glob(f"{name}.tmp"):
+            if leftover.is_file():
+                leftover.unlink()
     return lock
+
+
+def lock_file(file):
+    """Lock an open file for this process, or an OSError."""
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, "not on this system")
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # POSIX: surviving workers hold nothing
+
+
+def check_nothing_lost(out, exports):
+    """InputError when a run would begin over files that no run has left in its directory."""
+    log = Path(out) / "log.jsonl"
+    if log.exists() and log.stat().st_size:
+        if not any("args" in line for line in read_lines(log)):
+            raise InputError(f"{log}: not a run's log; choose another --out, or move it")
+        return
+    for file in exports:
+        if Path(out, file).exists():
+            raise InputError(f"{out}/{file}: not of a run that could go on, and would be replaced; "
+                             "choose another --out, or move it")
 
 
 def check_same_run(path, checkpoint, now, parts, free, defaults):
@@ -447,11 +592,13 @@ def write_whole(path, content):
 
 
 def read_lines(path):
-    """The lines of a log, as dicts; one that was cut short is left out."""
+    """The lines of a log, as dicts; others are left out, and one that was cut short."""
     lines = []
-    for text in Path(path).read_text().splitlines():
+    for text in Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step", 0), int):
+                lines.append(line)
     return lines
 
 
@@ -464,28 +611,92 @@ def versions(world, device):
 
 
 def memory_gib(device):
-    """Peak memory of this process so far, in GiB: of the GPU, else resident (in Linux's unit)."""
+    """Peak memory of this process so far, in GiB: of the GPU, else resident; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    if resource is None:
+        return None
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20  # bytes on macOS, elsewhere KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # ------------------------------------------------------------------------------------------ loading
 def load_batches(dataset, sampler, workers, device, collate_fn=collate):
-    """Batches of a Stream; an InputError or OSError of whichever process reads is raised here."""
+    """Batches of a Stream; an InputError or OSError of whichever process reads is raised here.
+
+    OSError too when a loading process dies, or cannot hand over what it has read.
+    """
+    if workers:
+        check_sockets()
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate_fn,
-                        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+                        pin_memory=device.type == "cuda", worker_init_fn=begin_loading)
+    batches = iter(loader)
+    processes = multiprocessing.active_children()
     atexit.register(kill_workers)
-    for batch in loader:
+    default_signal_of_children()  # torch's handler raises in the midst of a step
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError as error:
+            raise as_loading_error(error, processes) from None
+        if batch is None:
+            return
         if isinstance(batch, Failed):
             raise batch.error
         yield batch
 
 
+def check_sockets():
+    """InputError unless batches can be handed over: by a socket in the folder for temporary files.
+
+    A name that is too long for a socket would only be found out in a loading process, whose batch
+    would then be waited for without end.
+    """
+    try:
+        multiprocessing.connection.Listener().close()
+    except OSError as error:
+        raise InputError(f"TMPDIR {tempfile.gettempdir()}: loading processes need a socket there "
+                         f"({error}); set a shorter one, or give --workers 0") from None
+
+
+def begin_loading(worker):
+    """In a loading process: the main process decides when to stop. A batch that is lost ends it."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_loading)
+
+
+def end_loading(error, batch):
+    """What cannot be handed over, Python drops, and the main process would wait for it."""
+    print(f"warning: a loading process cannot hand over a batch: {error}", file=sys.stderr,
+          flush=True)
+    os._exit(1)
+
+
+def as_loading_error(error, processes):
+    """A RuntimeError of the loader as the OSError that it means, or itself."""
+    ends = [process.exitcode for process in processes if process.exitcode is not None]
+    advice = "fewer --workers need less; in a container, give it more (--shm-size, --ipc=host)"
+    if "shared memory" in str(error):
+        reason = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
+        return OSError(f"{reason}: {advice}")
+    if ends:
+        cause = f"by {signal.Signals(-ends[0]).name}" if ends[0] < 0 else f"with code {ends[0]}"
+        return ChildProcessError(f"a loading process was ended {cause}: is memory short, or shared "
+                                 f"memory (/dev/shm)? {advice}")
+    return error
+
+
+def default_signal_of_children():
+    """The end of a child process interrupts nothing."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def kill_workers():
     """At exit after a slip: workers ignore the SIGTERM after which Python waits for them."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would complain
-    for worker in torch.multiprocessing.active_children():
+    default_signal_of_children()  # torch would complain
+    for worker in multiprocessing.active_children():
         worker.kill()
 
 

@@ -54,7 +54,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    numbers = run_module.STOP_SIGNALS
     before = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, before):

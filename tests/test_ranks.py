@@ -1,10 +1,13 @@
 """common/ranks.py: joining, the mistakes of one rank, two ranks against one process."""
 import os
 import socket
+import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import train
 from care import CARE, InputError
@@ -124,3 +127,67 @@ def test_two_ranks_are_one_process(device, tmp_path):
     for name, value in one["model"].items():
         if "running" not in name and "tracked" not in name:
             torch.testing.assert_close(two["model"][name], value, rtol=1e-9, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------- launchers' variables
+TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("variables, match", [
+    (TWO | {"MASTER_PORT": "abc"}, "MASTER_PORT=abc: must be a whole number"),
+    (TWO | {"MASTER_PORT": "70000"}, "MASTER_PORT=70000: ports end at 65535"),
+    (TWO | {"RANK": "2"}, "RANK=2: must be below WORLD_SIZE=2"),
+    (TWO | {"WORLD_SIZE": "0"}, "RANK=0: must be below WORLD_SIZE=0"),
+    (TWO | {"RANK": "1", "LOCAL_RANK": "one"}, "LOCAL_RANK=one: must be a whole number"),
+    (TWO | {"RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": ""}, "without MASTER_PORT: "),
+    ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1: must be a whole number"),
+    ({"LOCAL_RANK": "1"}, "RANK=: no such folder"),  # a mistake in --data, not there
+])
+def test_variables_that_make_no_sense(variables, match, tmp_path, capsys, monkeypatch):
+    """One line, from the rank that has them, whichever it is."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    refused(capsys, *SMALL, "--data", tmp_path / "RANK=", "--out", tmp_path / "run", match=match)
+
+
+def test_variables_that_are_empty(monkeypatch):
+    """As those that are not set."""
+    for name in (*TWO, "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+    rank, world, _, _ = ranks.join_ranks()
+    assert (rank, world) == (0, 1)
+
+
+# ---------------------------------------------------------------------------------------- restarts
+def meet(port, late):
+    """Enter a group by a store that outlives its ranks, as torchrun's; rank `late` comes last."""
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": port}
+    ranks.TIMEOUT = timedelta(seconds=10)
+    if os.environ["RANK"] == late:
+        time.sleep(0.5)
+    rank, _, _, _ = ranks.join_ranks()
+    assert ranks.gather(rank) == [0, 1]
+    ranks.leave_ranks()
+
+
+def test_a_restart_does_not_wait_for_the_dead():
+    """In the store are the addresses of earlier starts: the rank that comes first finds them."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for late in ("1", "0", "1"):
+        result = torchrun(2, meet, store.port, late)
+        assert result.codes == [0, 0], result.stderr
+
+
+def test_a_rank_that_does_not_come(monkeypatch, capsys):
+    """One line, and the exit code after which torchrun starts all ranks again."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in (TWO | {"MASTER_PORT": port}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(SystemExit) as caught:
+        ranks.join_ranks()
+    line = capsys.readouterr().err
+    assert caught.value.code == 2 and line.startswith("error: rank 0: no meeting (")
+    assert line.endswith("or has a rank not started?\n") and line.count("\n") == 1

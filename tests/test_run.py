@@ -1,14 +1,20 @@
 """common/run.py through train.py: resuming, mistakes and slips, disks, signals, kills."""
 import errno
+import importlib
 import math
+import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +24,9 @@ import train
 from care import InputError
 from common import data, shapes
 from common import run as run_module
-from conftest import (ROOT, SMALL, Code, images, memory, refused, same_encoder, same_log,
-                      single_thread, slow, start, steps, torchrun, train_small, wait_for_step)
+from conftest import (CPU, RANDOM, ROOT, SMALL, Code, class_folders, final_line, gpu, images,
+                      memory, refused, same_encoder, same_log, single_thread, slow, start, steps,
+                      torchrun, train_small, wait_for_step)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KNOWN = ["resnet18" if flag == "thin" else flag for flag in SMALL]  # to processes not forked here
@@ -616,3 +623,378 @@ def test_memory_is_flat(tmp_path):
     print("MiB, main and worker:", sizes)
     for first, *later in zip(*sizes):
         assert max(later) < 1.03 * first, sizes
+
+
+# --------------------------------------------------------------------------------------- the clock
+def test_a_clock_that_goes_back_or_stands_still(tmp_path, monkeypatch):
+    """The day's time is set back: no negative speed. The other clock stands still: no speed."""
+    hours = iter(range(10 ** 6, 0, -1))
+    monkeypatch.setattr(time, "time", lambda: 3600.0 * next(hours))
+    assert all(line["images/s"] > 0 for line in train_small(tmp_path / "back", "--max-steps", 3))
+    monkeypatch.setattr(time, "perf_counter", lambda: 7.0)
+    lines = train_small(tmp_path / "still", "--max-steps", 3)
+    assert [line["images/s"] for line in lines] == [None, None, None]
+
+
+# ----------------------------------------------------------------------- what others have in --out
+def test_files_of_others_stay(tmp_path, capsys):
+    """Only half-written files of a run's own names go; over others' no run begins."""
+    for name in ("thesis.tmp", "model.pth.tmp", "lock"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "last.pth.tmp").write_bytes(b"half a file")
+    (tmp_path / "scratch.tmp").mkdir()
+    train_small(tmp_path, "--max-steps", 1)
+    assert all((tmp_path / name).read_text() == "mine"
+               for name in ("thesis.tmp", "model.pth.tmp", "lock"))
+    assert (tmp_path / "scratch.tmp").is_dir() and not (tmp_path / "last.pth.tmp").exists()
+    capsys.readouterr()
+    for name, match in (("log.jsonl", "not a run's log"), ("encoder.pth", "would be replaced")):
+        (tmp_path / name).parent.joinpath(f"{name}.d").mkdir()
+        mine = tmp_path / f"{name}.d" / name
+        mine.write_text('{"mine": 1}\n')
+        refused(capsys, *SMALL, "--out", mine.parent, match=f"{name}: .*{match}")
+        assert mine.read_text() == '{"mine": 1}\n'
+
+
+def killed_in_the_first_step():
+    step = train.pretrain_step
+
+    def kill(*args, **named):
+        os.kill(os.getpid(), signal.SIGKILL)
+        return step(*args, **named)
+
+    train.pretrain_step = kill
+
+
+def test_a_run_killed_before_its_first_checkpoint_goes_on(reference, tmp_path):
+    """Its log, and an encoder.pth that was written before last.pth could be, are its own."""
+    assert torchrun(1, "train.py", *SMALL, "--out", tmp_path,
+                    before=killed_in_the_first_step).codes == [-signal.SIGKILL]
+    shutil.copy(reference / "encoder.pth", tmp_path)
+    train_small(tmp_path)
+    assert same_log(tmp_path, reference) and same_encoder(tmp_path, reference)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda log: log.decode().encode("utf-16"),
+    lambda log: log + b'[1, 2]\n"text"\n{"step": "four"}\n\xff\xfe\n',
+    lambda log: b"\xef\xbb\xbf" + log.replace(b"\n", b"\r\n"),
+])
+def test_a_log_that_was_edited(damage, reference, tmp_path, capsys):
+    """As UTF-16, with foreign lines, with a byte-order mark: the run goes on, nothing is lost."""
+    train_small(tmp_path, "--max-steps", 3)
+    log = tmp_path / "log.jsonl"
+    before = damage(log.read_bytes())
+    log.write_bytes(before)
+    capsys.readouterr()
+    train_small(tmp_path)
+    warnings = capsys.readouterr().err
+    if before.startswith(b"\xef"):  # every line of it can be read
+        assert same_log(tmp_path, reference) and warnings == ""
+    else:
+        assert (tmp_path / "log.jsonl.damaged").read_bytes() == before
+        assert warnings.startswith(f"note: {log}: lines that cannot be read")
+        assert [line["step"] for line in steps(tmp_path)][-5:] == [4, 5, 6, 7, 8]
+    assert same_encoder(tmp_path, reference)
+
+
+# ---------------------------------------------------------------------------------------- loading
+def killed_while_loading(number=signal.SIGKILL):
+    """A loading process is killed when it reads its 25th image."""
+    read, seen = shapes.Shapes.__getitem__, []
+
+    def getitem(source, index):
+        seen.append(index)
+        if len(seen) == 25:
+            os.kill(os.getpid(), number)
+        return read(source, index)
+
+    shapes.Shapes.__getitem__ = getitem
+
+
+def test_a_killed_loading_process(long_reference, tmp_path):
+    """As the kernel does when memory is short: one line, the last whole step saved."""
+    out = tmp_path / "run"
+    result = torchrun(1, "train.py", *LONG, "--save-every", 1000, "--out", out,
+                      before=killed_while_loading)
+    assert result.codes == [2] and len(result.stderr.splitlines()) == 1, result.stderr
+    assert "a loading process was ended by SIGKILL" in result.stderr
+    assert 1 <= saved_step(out) == steps(out)[-1]["step"] <= 4
+    train.main([*LONG, "--save-every", "1000", "--out", str(out)])
+    assert same_log(out, long_reference) and same_encoder(out, long_reference)
+
+
+def unsendable(samples):
+    """A batch that a loading process makes and cannot hand over."""
+    return [*data.collate(samples), lambda: None]
+
+
+def test_a_batch_that_cannot_be_handed_over(capfd):
+    """Python drops it, and says so in a thread of the loading process: no wait without end."""
+    stream = data.Stream(data.open_images("shapes:8", "pretrain"), np.asarray, 0, 8)
+    with pytest.raises(ChildProcessError, match="ended with code 1"):
+        next(run_module.load_batches(stream, [[0, 1]], 1, CPU, unsendable))
+    assert "warning: a loading process cannot hand over a batch: " in capfd.readouterr().err
+
+
+def test_too_little_shared_memory(tmp_path, monkeypatch, capsys):
+    def getitem(source, index):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space")
+
+    monkeypatch.setattr(shapes.Shapes, "__getitem__", getitem)
+    line = refused(capsys, *SMALL, "--workers", 1, "--out", tmp_path)
+    assert line.startswith("error: unable to allocate shared memory(shm) for file </torch_7>: No "
+                           "space: fewer --workers need less")
+
+
+def long_temporary_folder():
+    folder = Path(tempfile.mkdtemp(), "x" * 100)
+    folder.mkdir()
+    tempfile.tempdir = str(folder)
+    multiprocessing.current_process()._config.pop("tempdir", None)
+
+
+def test_a_temporary_folder_whose_name_is_too_long_for_a_socket(tmp_path):
+    result = torchrun(1, "train.py", *SMALL, "--workers", 1, "--out", tmp_path,
+                      before=long_temporary_folder)
+    assert result.codes == [2] and len(result.stderr.splitlines()) == 1, result.stderr
+    assert "x: loading processes need a socket there (AF_UNIX path too long)" in result.stderr
+
+
+@pytest.mark.parametrize("script", ["linear_eval", "semi_eval"])
+def test_data_that_go_away_while_an_evaluation_trains(script, tmp_path, monkeypatch, capsys):
+    """The last whole step is saved, between two checkpoints; from it the run goes on."""
+    for split in ("train", "val"):
+        class_folders(tmp_path / "set" / split, "ab", count=4)
+    flags = ["--data", tmp_path / "set", *RANDOM, "--image-size", 32, "--epochs", 4,
+             "--batch-size", 4, "--out", tmp_path / "run"]
+    flags += ["--percent", 100] if script == "semi_eval" else []
+    monkeypatch.setattr(data, "PAUSES", ())  # to be restored afterwards
+    monkeypatch.setattr(data, "open", open, raising=False)
+    outage_on_the_last_rank()
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit) as caught:
+        module.main([*map(str, flags)])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: [Errno 5] Input/output")
+    last, = (tmp_path / "run").rglob("last.pth")
+    assert torch.load(last, weights_only=True)["step"] == 4  # the fifth has the twentieth image
+    monkeypatch.setattr(data, "open", open)
+    assert final_line(capsys, module, *flags)["top1"] >= 0
+
+
+# ----------------------------------------------------------------------------------------- memory
+NO_MEMORY = [
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate"
+                 " memory: you tried to allocate 5368 bytes. Error code 12"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    MemoryError(),
+]
+
+
+def raise_in_step(number, error):
+    """In pretraining step `number`, behind a forward pass, which moves the running statistics."""
+    step, calls = train.pretrain_step, []
+
+    def step_or_raise(parallel, optimizer, run, batches, views_of, **named):
+        calls.append(0)
+        if len(calls) == number:
+            parallel(*views_of(batches[0]))
+            raise error
+        return step(parallel, optimizer, run, batches, views_of, **named)
+
+    train.pretrain_step = step_or_raise
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_out_of_memory_in_a_step(error, reference, tmp_path, capsys, monkeypatch):
+    """One line; what is done is saved, without the statistics of the step that failed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "pretrain_step", train.pretrain_step)
+        raise_in_step(4, error)
+        line = refused(capsys, *SMALL, "--out", tmp_path, code=1)
+    size = re.search(r" \(tried to allocate (5368 bytes|2.00 gib)\)", line)
+    assert (size is None) == ("allocate" not in str(error))
+    assert line.startswith(f"error: {tmp_path}: out of memory") and line.endswith(
+        ": a smaller --batch-size or more --accum-steps needs less, in another --out; saved is "
+        "step 3 of 8")
+    train_small(tmp_path)
+    assert same_log(tmp_path, reference) and same_encoder(tmp_path, reference)
+
+
+def test_a_slip_in_a_step_is_a_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "pretrain_step", train.pretrain_step)
+    raise_in_step(4, RuntimeError("a slip"))
+    with pytest.raises(RuntimeError, match="a slip"):
+        train_small(tmp_path)
+    assert not (tmp_path / "last.pth").exists()
+
+
+def test_out_of_memory_before_the_first_step_and_in_an_evaluation(tmp_path, capsys, monkeypatch):
+    def fail(*args, **named):
+        raise NO_MEMORY[1]
+
+    four_steps = ["--data", "shapes:80", "--image-size", 32, "--batch-size", 20, "--epochs", 1]
+    for script, place, flags in (("train", "new_model", SMALL),
+                                 ("linear_eval", "evaluate", [*RANDOM, *four_steps])):
+        module = importlib.import_module(script)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, place, fail)
+            line = refused(capsys, *flags, "--out", tmp_path / script, code=1, script=module,
+                           match="out of memory .*--batch-size")
+        assert ("--accum-steps" in line) == (script == "train")
+        assert ("saved is step 4 of 4" in line) == (script == "linear_eval")
+
+
+def test_nothing_is_saved_where_not_even_a_checkpoint_fits(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "pretrain_step", train.pretrain_step)
+    raise_in_step(4, NO_MEMORY[0])
+    as_bytes = run_module.as_bytes
+
+    def no_bytes(*what):
+        if len(steps(tmp_path)) == 3:
+            raise MemoryError
+        return as_bytes(*what)
+
+    monkeypatch.setattr(run_module, "as_bytes", no_bytes)
+    refused(capsys, *SMALL, "--save-every", 2, "--out", tmp_path, code=1,
+            match="; saved is step 2 of 8")
+    assert saved_step(tmp_path) == 2
+
+
+def no_memory_on_rank_0():
+    if os.environ["RANK"] == "0":
+        raise_in_step(4, NO_MEMORY[1])
+
+
+def test_out_of_memory_on_one_rank(two_ranks, tmp_path):
+    """Rank 0 waits for nobody: it saves its last whole step, and both go on from there."""
+    flags, whole = two_ranks
+    result = torchrun(2, "train.py", *flags, "--out", tmp_path, before=no_memory_on_rank_0)
+    assert result.codes[0] == 1 and result.codes[1] != 0
+    assert f"error: {tmp_path}: rank 0: out of memory (tried to allocate 2.00 gib)" in result.stderr
+    assert saved_step(tmp_path) == 3
+    assert torchrun(2, "train.py", *flags, "--out", tmp_path).codes == [0, 0]
+    assert same_log(tmp_path, whole) and same_encoder(tmp_path, whole)
+
+
+@gpu
+def test_out_of_memory_of_a_gpu(tmp_path, capsys, monkeypatch):
+    step, calls = train.pretrain_step, []
+
+    def more_than_there_is(*args, **named):
+        calls.append(0)
+        if len(calls) == 4:
+            torch.empty(2 ** 45, dtype=torch.uint8, device="cuda")
+        return step(*args, **named)
+
+    monkeypatch.setattr(train, "pretrain_step", more_than_there_is)
+    refused(capsys, *SMALL, "--out", tmp_path, code=1,
+            match=r"out of memory \(tried to allocate .*; saved is step 3 of 8")
+
+
+# --------------------------------------------------------------------------- printing, and systems
+def close_stderr():
+    os.close(2)
+    sys.stderr = sys.__stderr__ = None
+
+
+def leave_a_pipe(number):
+    """File descriptor `number` becomes a pipe whose reader has gone, as behind `| head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, number)
+
+
+@pytest.mark.parametrize("before", [close_stderr, partial(leave_a_pipe, 1),
+                                    partial(leave_a_pipe, 2)])
+def test_output_that_nobody_reads(before, reference, tmp_path):
+    """No stderr, or a reader that left: the run goes on to its end."""
+    folder = images(tmp_path / "set", 32)
+    (folder / "003.png").write_bytes(b"")  # a warning on stderr
+    result = torchrun(1, "train.py", *SMALL, "--data", folder, "--out", tmp_path / "run",
+                      before=before)
+    assert result.codes == [0] and steps(tmp_path / "run")[-1]["unreadable"] == 1
+    assert (before is close_stderr or before.args == (2,)) != ("003.png" in result.stderr)
+
+
+def print_strictly():
+    sys.stdout.reconfigure(encoding="ascii", errors="strict")
+    sys.__stdout__ = sys.stdout
+
+
+def test_names_that_cannot_be_printed_end_no_run(tmp_path):
+    folder = images(tmp_path / os.fsdecode(b"\xff \xc3\xa9"), 8)
+    result = torchrun(1, "train.py", *SMALL, "--epochs", 1, "--data", folder,
+                      "--out", tmp_path / "run", before=print_strictly)
+    assert result.codes == [0] and r"\udcff \xe9" in result.stdout, result.stderr
+
+
+def test_a_closed_terminal_and_nohup(monkeypatch):
+    """SIGHUP asks to save and stop, unless it is ignored already."""
+    for before, received in ((signal.SIG_DFL, [signal.SIGHUP]), (signal.SIG_IGN, [])):
+        signal.signal(signal.SIGHUP, before)
+        signals = run_module.catch_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals == received
+
+
+WINDOWS = """
+import os, signal, sys
+import torch
+sys.modules["fcntl"] = sys.modules["resource"] = None
+for module, names in ((signal, ("SIGUSR1", "SIGHUP", "SIGCHLD")),
+                      (os, ("uname", "sched_getaffinity"))):
+    for name in names:
+        delattr(module, name)
+import train
+train.main(sys.argv[1:])
+"""
+
+
+def test_without_what_windows_lacks(tmp_path):
+    """No locks, which is said once, fewer signals, no meter of memory: the rest works."""
+    result = subprocess.run([sys.executable, "-c", WINDOWS, *KNOWN, "--max-steps", "1",
+                             "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == (f"warning: {tmp_path}/lock: no locks here (not on this system): no "
+                             "other run may use this directory\n")
+    assert steps(tmp_path)[-1]["memory_gib"] is None
+
+
+def no_compiler():
+    os.environ |= {"PATH": "", "CXX": "", "TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp()}
+
+
+def test_compile_where_there_is_no_compiler(tmp_path):
+    result = torchrun(1, "train.py", *SMALL, "--compile", "--out", tmp_path, before=no_compiler)
+    assert result.codes == [2] and len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("error: --compile: torch.compile does not work here (")
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+# --------------------------------------------------------------------------------------- restarts
+@slow
+def test_ten_restarts_in_a_row(tmp_path):
+    """torchrun's, each after a kill -9 of one rank: while training, and, in turns, in its start."""
+    flags = [*KNOWN, "--epochs", 25, "--save-every", 2]  # 100 steps
+    random, killed = np.random.RandomState(0), []
+    out, output = tmp_path / "run", tmp_path / "output"
+    process = launch(output, 2, "--max-restarts", 10, "train.py", *flags, "--out", out)
+    for kill in range(10):
+        pids = []
+        while len(pids) < 2:
+            assert process.poll() is None, output.read_text()
+            pids = [pid for pid in ranks_of(process) if pid not in killed]
+            time.sleep(0.01)
+        if kill % 2:
+            time.sleep(random.uniform(0, 6))
+        else:
+            before = steps(out)[-1]["step"] if out.exists() and steps(out) else 0
+            wait_for_step(out, before + 1, SimpleNamespace(is_alive=lambda: True), output)
+        os.kill(pids[kill // 2 % 2], signal.SIGKILL)
+        killed += pids
+    assert process.wait(300) == 0, output.read_text()
+    launch(tmp_path / "other", 2, "train.py", *flags, "--out", tmp_path / "whole").wait(300)
+    assert same_log(out, tmp_path / "whole") and same_encoder(out, tmp_path / "whole")
