@@ -193,8 +193,9 @@ class JsonReader:
     def read_on(self):
         """Take in more of the file -> whether there was more."""
         more = self.file.read(max(self.CHUNK, len(self.text) - self.at))
-        self.before += self.at
-        self.text, self.at = self.text[self.at:] + more, 0
+        if more:
+            self.before += self.at
+            self.text, self.at = self.text[self.at:] + more, 0
         return bool(more)
 
     def next_character(self):

@@ -165,10 +165,12 @@ def test_json_is_read_value_by_value(monkeypatch):
             monkeypatch.setattr(annotations.JsonReader, "CHUNK", chunk)
             assert list(annotations.JsonReader(io.StringIO(text)).entries()) == expected
         for length in range(len(text) - 1):
-            with pytest.raises(care.InputError, match="at character"):
+            with pytest.raises(care.InputError, match="at character") as caught:
                 list(annotations.JsonReader(io.StringIO(text[:length])).entries())
-    for text in ('{"a": [1 2]}', '{"a" 1}', '{"a": 1 "b": 2}', "[1]", '{"a": [1,]}', '{"a": [,1]}'):
-        with pytest.raises(care.InputError, match="at character"):
+            assert int(str(caught.value).rpartition(" ")[2]) <= length
+    for text, place in (('{"a": [1 2]}', 9), ('{"a" 1}', 5), ('{"a": 1 "b": 2}', 8), ("[1]", 0),
+                        ('{"a": [1,]}', 9), ('{"a": [,1]}', 7), ('{"a": 1x', 7)):
+        with pytest.raises(care.InputError, match=f"at character {place}$"):
             list(annotations.JsonReader(io.StringIO(text)).entries())
 
 
