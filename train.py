@@ -307,7 +307,7 @@ def pretrain(run, args):
     start = run.restore(
         {"model": model, "optimizer": optimizer}, total_steps, args.save_every,
         exports={"encoder.pth": encoder},
-        defaults=vars(parse_args(["--data", args.data])) | {"predictor_lr": 1},
+        defaults=vars(parse_args([])),  # before a flag existed, all sets had the paper's value
         model_args={name: getattr(args, name) for name in MODEL_ARGS})
     parallel = parallelise(model, run.device)
     scores = {line["step"]: line["knn"] for line in run.lines if {"step", "knn"} <= line.keys()}
