@@ -203,8 +203,8 @@ class Run:
         model.zero_grad(set_to_none=True)
         finite = all(value.isfinite() for value in self.meters.values()) and is_finite(model)
         if self.rank == 0 and self.step > self.saved and finite:
-            for buffer, whole in zip(model.buffers(), self.buffers):
-                buffer.copy_(whole)
+            for buffers, before in self.buffers:
+                torch._foreach_copy_(buffers, before)
             try:
                 self.write_checkpoint("last")
                 self.saved = self.step
@@ -271,6 +271,10 @@ class Run:
         Then what is done is saved, and an error is one line and exit code 2.
         """
         self.batch_size, self.unreadable = batch_size, Unreadable(stream, self.known)
+        buffers = list(self.parts["model"].buffers())  # statistics, counts; and before each step
+        by_type = [[buffer for buffer in buffers if buffer.dtype == dtype]
+                   for dtype in {buffer.dtype for buffer in buffers}]
+        self.buffers = [(some, [buffer.clone() for buffer in some]) for some in by_type]
         self.logged, self.logged_at = self.step, time.perf_counter()
         sampler = numbers(self.step, self.stop, batch_size, self.rank, self.world, accum_steps)
         loaded = load_batches(stream, sampler, self.args.workers, self.device, collate)
@@ -286,7 +290,8 @@ class Run:
                 break
             for *_, bad in batches:
                 self.unreadable.note(bad)
-            self.buffers = [buffer.clone() for buffer in self.parts["model"].buffers()]
+            for buffers, before in self.buffers:
+                torch._foreach_copy_(before, buffers)  # one launch for all of a type
             yield step, [batch[:-1] for batch in batches]
         self.bar.close()
         self.save()
