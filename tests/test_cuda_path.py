@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from functools import partial
 
 import pytest
@@ -21,8 +22,10 @@ from torch import nn
 from torch.nn.modules._functions import SyncBatchNorm as TorchsOwn
 
 import pretended_gpu
+from common import run as run_module
 from common.ranks import SyncBatchNorm, synchronise
-from conftest import HERE, ROOT, class_folders, free_port, header, torchrun
+from common.run import set_precision
+from conftest import CPU, HERE, ROOT, class_folders, free_port, header, refused, torchrun
 from cuda_jobs import JOBS
 
 CASES = {  # input, dtype, mean / std, memory format, tolerance
@@ -175,6 +178,32 @@ def test_synchronise_works_in_place_and_leaves_evaluation_alone():
     assert torch.equal(model[:2].eval()(x), plain[:2].eval()(x))
 
 
+# ---------------------------------------------------------------------------- precision, refusals
+def test_fp32_is_float32_and_tf32_a_choice(monkeypatch, capsys):
+    """torch's default is TF32 in convolutions; it needs a GPU of compute capability 8.0."""
+    def switches(precision, device):
+        args = Namespace(precision=precision)
+        set_precision(args, torch.device(device))
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert switches("tf32", "cuda") == (True, True)
+    assert switches("fp32", "cuda") == switches("fp32", "cpu") == (False, False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    for device, message in (("cuda", "Tesla V100 lacks it"), ("cpu", "tf32 needs a GPU")):
+        with pytest.raises(SystemExit) as caught:
+            switches("tf32", device)
+        line = capsys.readouterr().err
+        assert caught.value.code == 2 and message in line and line.count("\n") == 1
+
+
+def test_compile_is_for_one_process(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(run_module, "join_ranks", lambda: (0, 2, CPU, 1))
+    refused(capsys, "--data", "shapes:32", "--compile", "--out", tmp_path,
+            match="--compile is for one process, not for 2 ranks")
+
+
 # ---------------------------------------------------------------------- scripts on a pretended GPU
 # One process that has imported torch; each job is a fork of it, in a folder of its own.
 FORK = """
@@ -214,8 +243,10 @@ def on_gpus(library, jobs):
         code = f"sys.path[:0] = {paths}\nimport cuda_jobs\ncuda_jobs.{call}"
         listed.append((str(folder), variables, code))
     environment = pretended_gpu.environment(library, gpus=8)
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": "",
-                    "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # 0 where a kernel would have written
+    environment |= {
+        "CC": "/no/compiler", "TRITON_CACHE_DIR": str(jobs[0][0]),  # nothing is compiled on the way
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # 0 where a kernel would have written
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     process = subprocess.Popen([sys.executable, "-c", FORK, json.dumps(listed)], env=environment,
                                stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
