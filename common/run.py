@@ -365,11 +365,13 @@ class Run:
         return f"{where}: stopped, the same command goes on"
 
     # -------------------------------------------------------------------------------- scoring
-    def in_order(self, source, transform, what, batch_size=SCORING_BATCH, collate=collate):
+    def in_order(self, source, transform, what, batch_size=SCORING_BATCH, collate=collate,
+                 replace=False):
         """This rank's share of a data set, once, in order: yields collate's batches, less `bad`.
 
         A signal ends it early, after as many batches on all ranks: ask `stopping` behind it. Exit
-        code 2 if an image cannot be read.
+        code 2 if an image cannot be read; with `replace` the next one takes the place of an image
+        that cannot be decoded, as in training, which names it.
         """
         stream = Stream(source, transform, self.args.seed, len(source), shuffle=False)
         unreadable = Unreadable(stream)
@@ -383,7 +385,8 @@ class Run:
             if self.stopping():
                 return
             if batch is not None:
-                unreadable.note(batch[-1])
+                if not replace:
+                    unreadable.note(batch[-1])
                 yield batch[:-1]
         if unreadable.count():
             fail(f"{what} cannot be scored without the images named above")
@@ -584,11 +587,20 @@ def as_bytes(save, *what):
 def write_whole(path, content):
     """Write bytes to a file, whole or not at all: a temporary file, fsync, rename."""
     temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # of an attempt that failed
+
+
+def write_whole(path, content):
+    """Write bytes to a file, whole or not at all."""
+    with whole_file(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_lines(path):
