@@ -565,6 +565,8 @@ def check_same_run(path, checkpoint, now, parts, free, defaults):
     then = defaults | checkpoint["args"]
     names = {name for name in {*then, *now} if then.get(name) != now.get(name)}
     moved = names & {"data", "images"} == {"data"} and Path(now["data"]).is_dir()
+    if now.get("init") and now["init_sha256"] is None:  # the file has gone
+        now["init_sha256"] = then["init_sha256"]
     if moved and then["data"].partition(":")[0] not in NAMED_SETS:
         names.remove("data")
     changed = [f"{name} was {then.get(name)}, is {now.get(name)}"
