@@ -308,6 +308,17 @@ def labels_of(source):
     return torch.as_tensor(source.targets).long()
 
 
+def names_of(source):
+    """class/file of every image; below the class, the path to a file, or the number of an image."""
+    if isinstance(source, Subset):
+        names = names_of(source.dataset)
+        return [names[index] for index in source.indices]
+    if hasattr(source, "name"):
+        return [source.name(index) for index in range(len(source))]
+    labels = labels_of(source).tolist()
+    return [f"{source.classes[label]}/{index}" for index, label in enumerate(labels)]
+
+
 def split_by_class(labels, per_class, seed):
     """Indices drawn from every class, `per_class(n)` of its n, and the rest: two sorted arrays."""
     generator = torch.Generator().manual_seed(seed)

@@ -586,8 +586,9 @@ def as_bytes(save, *what):
     return buffer.getbuffer()
 
 
-def write_whole(path, content):
-    """Write bytes to a file, whole or not at all: a temporary file, fsync, rename."""
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file to write to, whole or not at all: a temporary file, fsync, rename."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
