@@ -85,20 +85,22 @@ def add_data_arguments(add):
     add("--data-root", default="data", metavar="DIR",
         help="where cifar10, stl10 and imagenette are downloaded to (default ./data)")
     add("--image-size", type=count, nargs="+", metavar="PX",
-        help="height, width: multiples of 32, of 8 with a cifar stem (default: by --data)")
+        help="one side, or height and width, in pixels: multiples of 32, of 8 with a cifar stem "
+             "(default: by --data)")
 
 
 def add_run_arguments(add):
     """--precision, --workers, --seed, --log-every, --max-steps, --out: for all that train."""
     add("--precision", choices=("auto", "bf16", "fp16", "tf32", "fp32"), default="auto",
-        help="auto: bf16, fp16 with a scaler on GPUs that lack it, fp32 on a CPU; fp32: float32 "
-             "throughout; tf32: with TensorFloat-32 products (GPUs from 2020 on)")
+        help="auto (default): bf16; fp16 with a loss scaler on GPUs that lack it; fp32 on a CPU. "
+             "fp32: float32 throughout; tf32: with TensorFloat-32 products (GPUs from 2020 on)")
     add("--workers", type=natural,
         help=f"loading processes a rank (default: its share of the cores, up to {MOST_WORKERS}; on "
              "a CPU 0)")
-    add("--seed", type=natural, default=0, help="of weights, order and views (default 0)")
+    add("--seed", type=natural, default=0,
+        help="seed of weights, order and augmentation (default 0)")
     add("--log-every", type=count, default=10, metavar="STEPS",
-        help="between log lines (default 10)")
+        help="steps between log lines (default 10)")
     add("--max-steps", type=count, metavar="N",
         help="stop with a checkpoint after step N; schedules stay those of the whole run")
     add("--out", help="run directory (default: under runs/); a run in it is resumed")
@@ -563,10 +565,10 @@ def check_same_run(path, checkpoint, now, parts, free, defaults):
         raise InputError(f"{path}: not a checkpoint of this script, without "
                          f"{', '.join(sorted(missing))}")
     then = defaults | checkpoint["args"]
-    names = {name for name in {*then, *now} if then.get(name) != now.get(name)}
-    moved = names & {"data", "images"} == {"data"} and Path(now["data"]).is_dir()
     if now.get("init") and now["init_sha256"] is None:  # the file has gone
         now["init_sha256"] = then["init_sha256"]
+    names = {name for name in {*then, *now} if then.get(name) != now.get(name)}
+    moved = names & {"data", "images"} == {"data"} and Path(now["data"]).is_dir()
     if moved and then["data"].partition(":")[0] not in NAMED_SETS:
         names.remove("data")
     changed = [f"{name} was {then.get(name)}, is {now.get(name)}"
