@@ -14,6 +14,7 @@ import common.run as run_module
 import linear_eval
 from care import Encoder
 from common import data
+from common.ranks import parallelise
 from common.views import centre_crop, to_input
 from common.weights import open_encoder, sha256_of
 from conftest import (CPU, RANDOM, SGD, check_head, check_views, class_folders, cosine, final_line,
@@ -476,3 +477,26 @@ def test_bad_places_for_features(tmp_path, capsys, monkeypatch):
     line = stop_early(capsys, tmp_path, *flags, tmp_path / "f.npz")
     assert line == "stopped while scoring; the same command goes on"
     assert not list(tmp_path.glob("*.npz*"))
+
+
+# --------------------------------------------------------------------------------------- --sync-bn
+def test_sync_bn_of_the_head(tmp_path, capsys, monkeypatch):
+    """It reaches what joins the ranks, the result and resuming; on a CPU one line says so."""
+    seen = []
+    monkeypatch.setattr(linear_eval, "parallelise",
+                        lambda *found: seen.append(found[2]) or parallelise(*found))
+    result = evaluated(capsys, tmp_path / "all", *RANDOM)
+    assert result["sync_bn"] == "all"
+    linear_eval.main([*LINEAR, *RANDOM, "--sync-bn", "none", "--out", str(tmp_path / "none")])
+    output = capsys.readouterr()
+    assert json.loads(output.out.splitlines()[-1]) == result | {"sync_bn": "none"}
+    assert output.err == ("note: --sync-bn has no effect on a CPU or on one GPU: nothing is "
+                          "synchronised there\n")
+    assert seen == [None, []]
+    refuse(capsys, "sync_bn was all, is none", *RANDOM, "--sync-bn", "none", "--out",
+           tmp_path / "all")
+    refuse(capsys, "invalid choice: 'cnn'", *RANDOM, "--sync-bn", "cnn", "--out", tmp_path / "c")
+    saved = torch.load(tmp_path / "all" / "last.pth", weights_only=True)
+    del saved["args"]["sync_bn"]
+    torch.save(saved, tmp_path / "all" / "last.pth")
+    assert evaluated(capsys, tmp_path / "all", *RANDOM) == result

@@ -839,3 +839,13 @@ def test_init_of_a_model_of_another_shape(weights_of_another, tmp_path, capsys):
     refused(capsys, *flags, "--method", "byol", match="holds a model of --method care; give the")
     refused(capsys, *flags, "--blocks", 2, "--hidden-dim", 32,
             match="holds a model of --blocks 1 --hidden-dim 64; give the same")
+
+
+# --------------------------------------------------------------------------------------- --sync-bn
+def test_sync_bn_on_a_cpu_is_one_line(tmp_path, capsys):
+    """And counts when the run is resumed, since on GPUs it changes what is computed."""
+    train_small(tmp_path, "--sync-bn", "cnn", "--max-steps", 1)
+    assert capsys.readouterr().err == ("note: --sync-bn has no effect on a CPU or on one GPU: "
+                                       "nothing is synchronised there\n")
+    refused(capsys, *SMALL, "--out", tmp_path, match="sync_bn was cnn, is all")
+    refused(capsys, *SMALL, "--out", tmp_path, "--sync-bn", "head", match="invalid choice: 'head'")
