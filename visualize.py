@@ -54,6 +54,7 @@ from common.weights import (check_state, checkpoint_file, load_checkpoint, open_
 
 CURVES = {  # key in log.jsonl -> title of its panel
     "knn": "knn: top-1 accuracy of kNN on val, %",
+    "rankme": "rankme: effective rank of the features",
     "loss": "loss: loss_c + loss_t + lambda loss_att",
     "loss_c": "loss_c: C-stream, Eq. (1), both view orders",
     "loss_t": "loss_t: T-stream, Eq. (3), both view orders",
