@@ -157,6 +157,6 @@ def rankme(run, args, encoder, source):
 
 def effective_rank(x):
     """exp(entropy of the normalised singular values) of a matrix: (); of zeros 1."""
-    values = torch.linalg.svdvals(x)
+    values = torch.linalg.svdvals(x.cpu())  # 2 s of one core for 2048 x 2048
     p = values / values.sum().clamp_min(torch.finfo(x.dtype).tiny)
     return torch.special.entr(p).sum().exp()  # ()
