@@ -4,10 +4,11 @@
                                    `clutter`
   python tables.py --data ./imagenet --launcher 'torchrun --nproc_per_node 8'
                                    the paper's own
-  python tables.py --list          every command, as shell, and its state; starts
-                                   nothing
+  python tables.py --list          every command, as shell, and its state;
+                                   starts nothing
   python tables.py --trials        tuning of BYOL and CARE for the miniature
-  python tables.py --tuned         the miniature, each method as its trials chose
+  python tables.py --tuned         the miniature, each method as its trials
+                                   chose
 
 Starts the scripts as a user does: each pretraining once, then the scores that
 need it. A finished score is a line of --results, and the page beside it,

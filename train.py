@@ -182,7 +182,7 @@ def default_out(args):
     name, _, count = args.data.partition(":")
     usual = vars(parse_args(["--data", name, "--method", args.method, "--out", "usual"]))
     usual["warmup_epochs"] = usual_warmup(args.epochs)
-    elsewhere = {"data", "method"}
+    elsewhere = {"data", "method", "init_sha256"}
     if name in NAMED_SETS:
         parts = [f"runs/{name}{count}"]
         if args.method != "care":
@@ -202,6 +202,10 @@ def default_out(args):
             parts.append(key + "x".join(map(str, value)))
         else:
             parts.append(f"{key}{value:.12g}")
+    if args.init:
+        file = Path(args.init)
+        ours = file.stem in ("encoder", "last")  # of a run, by its name
+        parts.append(f"init-{file.parent.resolve().name if ours else file.stem}")
     return "_".join(parts)
 
 

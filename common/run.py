@@ -566,7 +566,7 @@ def check_same_run(path, checkpoint, now, parts, free, defaults):
                          f"{', '.join(sorted(missing))}")
     then = defaults | checkpoint["args"]
     if now.get("init") and now["init_sha256"] is None:  # the file has gone
-        now["init_sha256"] = then["init_sha256"]
+        now["init_sha256"] = then["init_sha256"] or "unknown"
     names = {name for name in {*then, *now} if then.get(name) != now.get(name)}
     moved = names & {"data", "images"} == {"data"} and Path(now["data"]).is_dir()
     if moved and then["data"].partition(":")[0] not in NAMED_SETS:

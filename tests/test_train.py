@@ -824,6 +824,8 @@ def test_a_run_begun_from_weights_resumes(weights_of_another, tmp_path, capsys):
     assert capsys.readouterr().err == line
     flags = [*SMALL, "--out", parts]
     refused(capsys, *flags, match=f"init_sha256 was {sha256}, is None")
+    refused(capsys, *SMALL, "--out", tmp_path / "plain", "--init", tmp_path / "gone.pth",
+            match="init_sha256 was None, is unknown")
     file.rename(tmp_path / "gone.pth")
     train_small(parts, "--init", file, "--max-steps", 7)
     shutil.copy(weights_of_another / "encoder.pth", file)
@@ -832,6 +834,16 @@ def test_a_run_begun_from_weights_resumes(weights_of_another, tmp_path, capsys):
     (tmp_path / "gone.pth").rename(file)
     train_small(parts, "--init", file)
     assert same_log(parts, tmp_path / "whole") and same_encoder(parts, tmp_path / "whole")
+
+
+def test_init_in_the_name_of_the_directory(weights_of_another, tmp_path):
+    flags = ["--data", "shapes", "--seed", "3", "--init"]
+    file = weights_of_another / "encoder.pth"
+    name = f"runs/shapes_arch-thin_seed3_init-{weights_of_another.name}"
+    assert train.parse_args([*flags, str(file)]).out == name
+    shutil.copy(file, tmp_path / "r18.tar.pth")
+    assert train.parse_args([*flags, str(tmp_path / "r18.tar.pth")]).out == (
+        "runs/shapes_arch-thin_seed3_init-r18.tar")
 
 
 def test_init_of_a_model_of_another_shape(weights_of_another, tmp_path, capsys):

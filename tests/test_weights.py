@@ -281,6 +281,7 @@ def test_resized_tables_keep_their_middle():
 def test_start_from_an_encoder(trunk, tmp_path):
     """Both branches get it; heads and transformer stay; the rest of the file is named."""
     path = tmp_path / "e.pth"
+    trunk = {key: value + 1 for key, value in trunk.items()}
     torch.save(trunk | under("fc.", HEAD), path)
     model = small()
     before = {key: value.clone() for key, value in model.state_dict().items()}
