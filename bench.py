@@ -1,11 +1,14 @@
-"""The time of a pretraining step, by part, against a supervised step; or the time of loading.
+"""Time a pretraining step, by part, against a supervised step; or the loading.
 
-  python bench.py --arch resnet50 --batch-size 128                a step, on synthetic crops
-  python bench.py --data ./imagenet --workers 4                   the input pipeline alone
+  python bench.py --arch resnet50 --batch-size 128
+                                              a step, on synthetic crops
+  python bench.py --data ./imagenet --workers 4
+                                              the input pipeline alone
 
-Takes train.py's flags (those on saving, logging and kNN have no effect; without --data nothing is
-read) and prints one line of JSON. Efficiency is the step's FLOP/s over those of a
-supervised step of the same encoder in the same process.
+Takes train.py's flags (those on saving, logging, --init, kNN and RankMe have
+no effect; without --data nothing is read) and prints one line of JSON.
+Efficiency is the step's FLOP/s over those of a supervised step of the same
+encoder in the same process.
 """
 import json
 import statistics

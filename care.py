@@ -13,7 +13,7 @@ Ge, Liang, Song, Jiao, Wang and Luo, NeurIPS 2021, https://arxiv.org/abs/2110.05
   equation  what                                       function                symbol  name
   (1), (3)  L_c, L_t: 2 - 2 cos                        similarity_loss         f1, f3  online
   (2)       softmax((q.k^T + q.p^T) / sqrt(d)).v       MultiHeadSelfAttention  f2, f4  momentum
-  (4)       L_att: mse of C-stream and T-stream        attention_loss          lambda  lambda_att
+  (4)       L_att: C-stream against T-stream           attention_loss          lambda  lambda_att
   (5)       L_c + L_t + lambda L_att                   CARE.forward            n       blocks
   Sec. 4.1  1 - (1 - tau_base)(cos(pi t / T) + 1) / 2  tau_at                  t       step
 
@@ -43,6 +43,7 @@ STEMS = ("imagenet", "cifar")
 METHODS = ("care", "sequential", "byol")
 POSITIONS = ("none", "sincos", "absolute", "relative")
 TAPS = ("conv4", "conv5")
+ATT_LOSSES = ("mse", "norm")
 
 
 class InputError(ValueError):
@@ -351,8 +352,15 @@ def similarity_loss(a, b):
     return 2 - 2 * (a * b).sum(1).mean()  # ()
 
 
-def attention_loss(c, t):
-    """One term of Eq. (4): mean squared difference, over B and D, of normalised c and t (B, D)."""
+def attention_loss(c, t, kind="mse"):
+    """One term of Eq. (4) for normalised c and t, (B, D), averaged over the batch.
+
+    kind: `mse`, |c - t|^2 / D, or `norm`, |c - t|, whose gradient has the length 1 / B, but is 0
+    where c = t. Between unrelated outputs, as at the start, |c - t| is sqrt(2).
+    """
+    # paper: norms, not squared. release: means of squares over B and D. here: mse unless asked
+    if kind == "norm":
+        return torch.linalg.vector_norm(c - t, dim=1).mean()  # ()
     return F.mse_loss(c, t)  # ()
 
 
@@ -377,15 +385,17 @@ class CARE(nn.Module):
     method: `care` (parallel streams), `sequential` (one, transformer on conv5), `byol` (C-stream).
     blocks: n of Table 7. heads: attention heads. position: Table 8.
     tap: the map that the transformer reads. detach_trunk: no T-stream gradients into the encoder.
-    lambda_att: of Eq. (5), Table 6. hidden_dim, out_dim: of projectors, predictors. stem: of ARCHS.
+    lambda_att: of Eq. (5), Table 6. att_loss: Eq. (4) by `mse` (release) or `norm` (as printed).
+    hidden_dim, out_dim: of projectors and predictors. stem: of ARCHS.
     """
 
     def __init__(self, arch="resnet50", image_size=224, method="care", blocks=5, heads=4,
                  position="relative", tap="conv4", detach_trunk=False, lambda_att=100.0,
-                 hidden_dim=4096, out_dim=256, stem="imagenet"):
+                 att_loss="mse", hidden_dim=4096, out_dim=256, stem="imagenet"):
         super().__init__()
         check_choice("method", method, METHODS)
         check_choice("tap", tap, TAPS)
+        check_choice("att_loss", att_loss, ATT_LOSSES)
         if blocks < 1 or heads < 1:
             raise InputError(f"blocks {blocks}, heads {heads}: the transformer needs at least one")
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -395,7 +405,7 @@ class CARE(nn.Module):
         stride = 1 if encoder is arch else encoder.stride
         if height % stride or width % stride or min(height, width) < 1:
             raise InputError(f"image size {height} x {width}: needs multiples of {stride}")
-        self.method, self.lambda_att = method, lambda_att
+        self.method, self.lambda_att, self.att_loss = method, lambda_att, att_loss
         self.online = Branch(
             encoder, map_shapes(encoder, height, width), method, blocks=blocks, heads=heads,
             position=position, tap="conv5" if method == "sequential" else tap,
@@ -425,7 +435,8 @@ class CARE(nn.Module):
             out |= {"loss_t": similarity_loss(f3, f4), "std_t": output_std(f3)}  # Eq. (3)
         if "c" in online and "t" in online:
             # The C-stream learns from the T-stream, not the reverse; the 2nd term has no gradient.
-            out["loss_att"] = attention_loss(f1, f3.detach()) + attention_loss(f2, f4)  # Eq. (4)
+            learned = attention_loss(f1, f3.detach(), self.att_loss)
+            out["loss_att"] = learned + attention_loss(f2, f4, self.att_loss)  # Eq. (4)
         loss_c, loss_t, loss_att = (out.get(name, 0) for name in ("loss_c", "loss_t", "loss_att"))
         loss = loss_c + loss_t + self.lambda_att * loss_att  # Eq. (5)
         return {"loss": loss} | {name: value.detach() for name, value in out.items()}

@@ -1,17 +1,23 @@
-"""Transfer to detection and instance segmentation: the protocols of the paper's Tables 4 and 5.
+"""Transfer to detection and instance segmentation, by Tables 4 and 5.
 
-  torchrun --nproc_per_node 8 detect_eval.py --pretrained runs/care_resnet50/encoder.pth     VOC
-  python detect_eval.py --pretrained runs/shapes/encoder.pth --protocol coco-fpn --data shapes \\
-      --batch-size 4 --rois 64 --iterations 300
-  python detect_eval.py --pretrained runs/shapes/encoder.pth --export-detectron2 encoder.pkl
+  torchrun --nproc_per_node 8 detect_eval.py \\
+      --pretrained runs/care_resnet50/encoder.pth             VOC
+  python detect_eval.py --pretrained runs/shapes/encoder.pth \\
+      --protocol coco-fpn --data shapes --batch-size 4 --rois 64 \\
+      --iterations 300
+  python detect_eval.py --pretrained runs/shapes/encoder.pth \\
+      --export-detectron2 encoder.pkl
 
-  voc-c4    Faster R-CNN: conv1-conv4 as backbone, conv5 and a batch norm as box head     Table 4
-  coco-c4   Mask R-CNN: the same, and the mask head on the box head's map                 Table 4
-  coco-fpn  Mask R-CNN: feature pyramid, two linear layers as box head                    Table 5
+  voc-c4    Table 4  Faster R-CNN: conv1-conv4 as backbone, conv5 and a batch
+                     norm as box head
+  coco-c4   Table 4  Mask R-CNN: the same, and the mask head on the box head's
+                     map
+  coco-fpn  Table 5  Mask R-CNN: feature pyramid, two linear layers as box head
 
-All layers and batch norms train (MoCo's protocol); what torchvision's models leave open is as in
-Detectron2. VOC is scored as in 2007, COCO by pycocotools. The last line on stdout is one JSON
-object: the scores and all that led to them. The same command again resumes.
+All layers and batch norms train (MoCo's protocol); what torchvision's models
+leave open is as in Detectron2. VOC is scored as in 2007, COCO by pycocotools.
+The last line on stdout is one JSON object: the scores and all that led to
+them. The same command again resumes.
 """
 import contextlib
 import io
@@ -59,18 +65,19 @@ def parse_args(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument_group("encoder and data").add_argument
     add("--pretrained", required=True, type=checkpoint_file, metavar="FILE|random",
-        help="encoder.pth, last.pth, the authors' checkpoint, a torchvision or MoCo state dict; "
-             "random: an untrained one")
-    add("--arch", choices=ARCHS, help="read off the file unless given (random: default resnet50)")
+        help="encoder: a file of train.py, the authors, torchvision, MoCo, ...; or random weights")
+    add("--arch", choices=ARCHS, metavar="ARCH",
+        help=f"encoder: {', '.join(ARCHS)} (default: read off the file; random: resnet50)")
     add("--data", metavar="PATH|shapes",
         help="folder with VOCdevkit/, or annotations/, train2017/, val2017/ (default ./voc, "
              "./coco), or embedded scenes; shapes:N has N training images")
     add("--export-detectron2", metavar="OUT.pkl", help="only write the encoder for Detectron2")
     add = parser.add_argument_group("protocol").add_argument
-    add("--protocol", choices=PROTOCOLS, default="voc-c4", help="see above (default voc-c4)")
+    add("--protocol", choices=PROTOCOLS, default="voc-c4",
+        help="what is trained and scored, as said above (default voc-c4)")
     add("--iterations", type=count,
-        help="the schedule scales with them (default 24000, COCO 90000)")
-    add("--batch-size", type=count, default=16, help="images over all ranks (default 16)")
+        help="training steps; the schedule scales with them (default 24000, COCO 90000)")
+    add("--batch-size", type=count, default=16, help="images a step, over all ranks (default 16)")
     add("--lr", type=positive, default=0.02, help="peak learning rate of SGD (default 0.02)")
     side = checked(int, f"a multiple of 32, up to {MAX_SIZE}, the longest side",
                   lambda value: value % 32 == 0 and 0 < value <= MAX_SIZE)
@@ -83,7 +90,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("running").add_argument
     add_run_arguments(add)
     add("--save-every", type=count, default=1000, metavar="STEPS",
-        help="between checkpoints (default 1000)")
+        help="steps between checkpoints (default 1000)")
     return fill_in(parser.parse_args(argv))
 
 

@@ -1,12 +1,16 @@
-"""Linear classification on frozen features (Tables 1 and 2), or kNN (common/knn.py).
+"""Linear classification on frozen features (Tables 1 and 2), or kNN.
 
-  torchrun --nproc_per_node 8 linear_eval.py --pretrained runs/care_resnet50/encoder.pth
+  torchrun --nproc_per_node 8 linear_eval.py \\
+      --pretrained runs/care_resnet50/encoder.pth
   python linear_eval.py --data shapes --pretrained runs/shapes/encoder.pth
-  python linear_eval.py --data shapes --pretrained runs/shapes/encoder.pth --knn
+  python linear_eval.py --data shapes --pretrained runs/shapes/encoder.pth \\
+      --knn --export features.npz
 
-The last line on stdout is one JSON object: the scores, and all that is needed to repeat them.
---evaluate scores the classifier.pth that training leaves in --out. The same command again resumes.
+The last line on stdout is one JSON object: the scores, and all that is needed
+to repeat them. --evaluate scores the classifier.pth that training leaves in
+--out. The same command again resumes.
 """
+import argparse
 import json
 import math
 from functools import partial
@@ -22,20 +26,21 @@ from torch.utils.data import Subset
 from torchvision import transforms
 
 from care import ARCHS, InputError, pool
-from common.data import (NAMED_SETS, ImageFiles, Stream, describe, open_images, open_labelled,
-                         recipe_of)
-from common.knn import TEMPERATURE, count_correct, knn
+from common.data import (NAMED_SETS, ImageFiles, Stream, describe, labels_of, names_of, open_images,
+                         open_labelled, recipe_of)
+from common.knn import TEMPERATURE, count_correct, features_on_rank_0, knn
 from common.ranks import fail, note, parallelise, take_buffers_of_rank_0, user_errors
 from common.run import (Run, add_data_arguments, add_run_arguments, count, new_parser, positive,
-                        use_recipe, versions)
+                        use_recipe, versions, whole_file)
 from common.views import centre_crop, crop_and_flip, to_input
 from common.weights import check_state, checkpoint_file, load_checkpoint, open_encoder, sha256_of
 
 # Raised whenever the same arguments compute something else; older runs are then not resumed.
 PROTOCOL_VERSION = 4
-DEFAULTS = {"protocol_version": 1}  # of checkpoints that lack it
+DEFAULTS = {"protocol_version": 1, "sync_bn": "all"}  # of checkpoints that lack it
 # What may differ on resume. An encoder is known by the sha256 of its tensors, not by its path.
-FREE = ("data_root", "workers", "out", "log_every", "max_steps", "pretrained", "evaluate", "val")
+FREE = ("data_root", "workers", "out", "log_every", "max_steps", "pretrained", "evaluate", "val",
+        "export")
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -43,8 +48,9 @@ def add_evaluation_arguments(parser):
     """The flags on encoder, data and running that both classification scripts have."""
     add = parser.add_argument_group("encoder and data").add_argument
     add("--pretrained", required=True, type=checkpoint_file, metavar="FILE|random",
-        help="of train.py, the authors, torchvision, MoCo, ...; or random weights")
-    add("--arch", choices=ARCHS, help="default: read off the file (random: by --data)")
+        help="encoder: a file of train.py, the authors, torchvision, MoCo, ...; or random weights")
+    add("--arch", choices=ARCHS, metavar="ARCH",
+        help=f"encoder: {', '.join(ARCHS)} (default: read off the file; random: by --data)")
     add("--stem", choices=("imagenet", "cifar"),
         help="default: read off the file (random: by --data). A 3x3 stem is taken as padded by 1; "
              "of one trained with padding 2, which no file tells, the features are wrong")
@@ -52,7 +58,11 @@ def add_evaluation_arguments(parser):
     add("--val", metavar="DIR",
         help="score this set: a folder a class, by name or, as in ImageNet-V2, by number "
              "(default: val of --data)")
-    add_run_arguments(parser.add_argument_group("running").add_argument)
+    add = parser.add_argument_group("running").add_argument
+    add_run_arguments(add)
+    add("--sync-bn", choices=("all", "none"), default="all",
+        help="on several GPUs, batch norms that train take their statistics over all of them, or "
+             "over each GPU's share of the batch (none: the release's linear head; default all)")
 
 
 def parse_args(argv=None):
@@ -65,11 +75,16 @@ def parse_args(argv=None):
         help="use N of the training images, of every class as many, in every run the same ones "
              "(default: by --data; all of a folder)")
     add("--head", choices=("linear-bn", "linear"),
-        help="linear-bn: batch norm behind it (release; default for a folder); linear: without")
-    add("--epochs", type=count, help="default: by --data; the paper's 80 for a folder")
-    add("--batch-size", type=count, default=256, help="over all ranks (default 256)")
+        help="classifier: linear-bn, a linear layer and a batch norm (release; default for a "
+             "folder), or linear, without the norm")
+    add("--epochs", type=count,
+        help="passes over the images (default: by --data; the paper's 80 for a folder)")
+    add("--batch-size", type=count, default=256, help="images a step, over all ranks (default 256)")
     add("--lr", type=positive, default=0.2,
         help="learning rate per 256 images of a batch (default 0.2)")
+    add("--export", type=npz_file, metavar="FILE.npz",
+        help="first write the pooled features of both sets, (N, C) float32, their labels and their "
+             "names: arrays train_features, train_labels, train_names, val_features, ...")
     add = protocol.add_mutually_exclusive_group().add_argument
     add("--knn", action="store_true", help="weighted kNN, k = 20 and 200, instead of training")
     add("--evaluate", nargs="?", const="", metavar="FILE",
@@ -79,6 +94,13 @@ def parse_args(argv=None):
     if args.epochs is None:
         args.epochs = recipe_of(args.data)["linear_epochs"]
     return finish_arguments(args, "knn" if args.knn else "linear")
+
+
+def npz_file(text):
+    """A type= of argparse: the name of a file of numpy's."""
+    if not text.endswith(".npz"):
+        raise argparse.ArgumentTypeError(f"{text}: must end in .npz")
+    return text
 
 
 def finish_arguments(args, kind):
@@ -148,6 +170,28 @@ def open_val(folder, classes):
 
 
 # ------------------------------------------------------------------------------------------ scoring
+def export(run, args, encoder, **sources):
+    """Write features, labels and names of the sources, by name, to args.export, from rank 0.
+
+    Arrays NAME_features (N, dim5) float32, NAME_labels (N,) int64, NAME_names (N,) unicode. A
+    signal ends the script.
+    """
+    with user_errors():
+        if run.rank == 0 and not Path(args.export).parent.is_dir():
+            raise InputError(f"--export {args.export}: there is no such folder")
+    arrays = {}
+    for name, source in sources.items():
+        found = features_on_rank_0(run, args, encoder, source, f"{name} features")
+        if found is None:
+            stop(run)
+        arrays |= {f"{name}_features": found.numpy(), f"{name}_labels": labels_of(source).numpy(),
+                   f"{name}_names": np.array(names_of(source))}
+    with user_errors(1, f"cannot write {args.export}: "):
+        if run.rank == 0:
+            with whole_file(args.export) as file:
+                np.savez(file, **arrays)
+
+
 @torch.no_grad()
 def evaluate(run, args, model, source, what="val"):
     """Top-1 and top-5 in percent of a model's scores; a signal ends the script."""
@@ -220,7 +264,7 @@ def fit(run, args, model, optimizer, source):
     total_steps = args.epochs * steps_per_epoch
     run.restore({"model": model, "optimizer": optimizer}, total_steps,
                 save_every=max(100, steps_per_epoch), defaults=DEFAULTS)
-    parallel = parallelise(model, run.device)
+    parallel = parallelise(model, run.device, [] if args.sync_bn == "none" else None)
     crop = transforms.Compose([partial(crop_and_flip, size=args.image_size), TF.pil_to_tensor])
     stream = Stream(source, crop, args.seed, steps_per_epoch * args.batch_size)
     model.train()
@@ -267,7 +311,8 @@ def train_classifier(run, args, encoder, train, val):
         fail(f"the frozen encoder has moved ({len(changed)} tensors, first {changed[0]}): no score",
              code=1)
     trained = {"protocol": "linear", "head": args.head, "lr": args.lr, "epochs": args.epochs,
-               "batch_size": args.batch_size, "labels": len(train), "seed": args.seed}
+               "batch_size": args.batch_size, "sync_bn": args.sync_bn, "labels": len(train),
+               "seed": args.seed}
     run.write("classifier.pth", {"head": args.head, "classes": list(val.classes),
                                  "sha256": args.sha256, "trained": trained,
                                  "state": head.state_dict()})
@@ -295,6 +340,8 @@ def score_encoder(run, args):
     """The whole protocol that `args` asks for."""
     encoder = open_frozen(run, args)
     train, val = open_sets(run, args, args.labels)
+    if args.export:
+        export(run, args, encoder, train=train, val=val)
     if args.evaluate is not None:
         scores = score_classifier(run, args, encoder, val)
     elif args.knn:
@@ -304,6 +351,8 @@ def score_encoder(run, args):
         scores |= {"protocol": "knn", "k": 20, "temperature": TEMPERATURE, "labels": args.images}
     else:
         scores = train_classifier(run, args, encoder, train, val)
+    if args.export:
+        scores |= {"export": args.export}
     finish(run, args, scores)
 
 

@@ -1,13 +1,17 @@
-"""Semi-supervised classification: fine-tune encoder and classifier on a few labels (Table 3).
+"""Semi-supervised classification: fine-tune all layers on a few labels (Table 3).
 
-  python semi_eval.py --data shapes --pretrained runs/shapes/encoder.pth --percent 10
-  torchrun --nproc_per_node 8 semi_eval.py --pretrained encoder.pth --percent 1 \\
-      --subset 1percent.txt --lr 0.01 0.02 0.05 0.1 0.005 --epochs 30 50     BYOL's grid on ImageNet
-  python semi_eval.py --pretrained random --percent 100                supervised, from scratch
+  python semi_eval.py --data shapes --pretrained runs/shapes/encoder.pth \\
+      --percent 10
+  torchrun --nproc_per_node 8 semi_eval.py --pretrained encoder.pth \\
+      --percent 1 --subset 1percent.txt \\
+      --lr 0.01 0.02 0.05 0.1 0.005 --epochs 30 50   BYOL's grid on ImageNet
+  python semi_eval.py --pretrained random --percent 100
+                                                     supervised, from scratch
 
-Several --lr or --epochs are compared on a held-out fifth of the subset; the best runs once more, on
-all of it. Each run has its own folder in --out, so a grid can grow. The last line on stdout is one
-JSON object: the scores, and all that is needed to repeat them. The same command again resumes.
+Several --lr or --epochs are compared on a held-out fifth of the subset; the
+best runs once more, on all of it. Each run has its own folder in --out, so a
+grid can grow. The last line on stdout is one JSON object: the scores, and all
+that is needed to repeat them. The same command again resumes.
 """
 import argparse
 import copy
@@ -21,7 +25,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from care import InputError, pool
-from common.data import labels_of, split_by_class
+from common.data import labels_of, names_of, split_by_class
 from common.ranks import fail, user_errors
 from common.run import Diverged, Run, count, new_parser, positive, use_recipe, write_whole
 from linear_eval import (FREE, add_evaluation_arguments, evaluate, finish, finish_arguments, fit,
@@ -35,14 +39,14 @@ def parse_args(argv=None):
     add_evaluation_arguments(parser)
     add = parser.add_argument_group("protocol").add_argument
     add("--percent", type=int, choices=(1, 10, 100), required=True,
-        help="share of the training labels")
+        help="share of the training labels, Table 3")
     add("--subset", metavar="FILE",
         help="list of images, a line each: file names, as in SimCLR's lists, or class/file "
              "(default: drawn from every class, by the seed)")
     add("--epochs", type=count, nargs="+", default=[50],
         help="passes over the subset; several are compared (default 50)")
     add("--batch-size", type=count, default=1024,
-        help="over all ranks; of a smaller subset, all of it (default 1024)")
+        help="images a step, over all ranks; of a smaller subset, all of it (default 1024)")
     add("--lr", type=positive, nargs="+", default=[0.05],
         help="learning rate, whatever the batch size; several are compared (default 0.05)")
     add("--head-lr", type=positive, help="learning rate of the classifier (default: the encoder's)")
@@ -52,14 +56,6 @@ def parse_args(argv=None):
 
 
 # ------------------------------------------------------------------------------------------- subset
-def names_of(source):
-    """class/file of every image; below the class, the path to a file, or the number of an image."""
-    if hasattr(source, "name"):
-        return [source.name(index) for index in range(len(source))]
-    labels = labels_of(source).tolist()
-    return [f"{source.classes[label]}/{index}" for index, label in enumerate(labels)]
-
-
 def short_names(name, kind):
     """Shorter names that a list may use for the image class/folders/file of the class `kind`."""
     below = name.removeprefix(f"{kind}/")
@@ -210,8 +206,8 @@ def score_encoder(run, args):
     finish(run, args, {
         "top1": top1, "top5": top5, "protocol": "semi", "percent": args.percent, "head": "linear",
         "lr": final.lr, "head_lr": final.head_lr, "epochs": final.epochs,
-        "batch_size": final.batch_size, "labels": len(subset), "subset": args.subset_sha256,
-        "choice": choice})
+        "batch_size": final.batch_size, "sync_bn": args.sync_bn, "labels": len(subset),
+        "subset": args.subset_sha256, "choice": choice})
 
 
 def main(argv=None):

@@ -1,15 +1,20 @@
 """Every table of the paper, at any scale, by one command.
 
-  python tables.py                       in miniature: ResNet-18 on the embedded `clutter`
-  python tables.py --data ./imagenet --launcher 'torchrun --nproc_per_node 8'    the paper's own
-  python tables.py --list                every command, as shell, and its state; starts nothing
-  python tables.py --trials              tuning of BYOL and CARE for the miniature
-  python tables.py --tuned               the miniature, each method as its trials chose
+  python tables.py                 in miniature: ResNet-18 on the embedded
+                                   `clutter`
+  python tables.py --data ./imagenet --launcher 'torchrun --nproc_per_node 8'
+                                   the paper's own
+  python tables.py --list          every command, as shell, and its state;
+                                   starts nothing
+  python tables.py --trials        tuning of BYOL and CARE for the miniature
+  python tables.py --tuned         the miniature, each method as its trials
+                                   chose
 
-Starts the scripts as a user does: each pretraining once, then the scores that need it. A finished
-score is a line of --results, and the page beside it, NAME.md, is made from these lines. The same
-command again goes on where it stopped. A line of another command, other flags or another protocol
-is refused by name. A job that fails is reported at the end and does not end the others.
+Starts the scripts as a user does: each pretraining once, then the scores that
+need it. A finished score is a line of --results, and the page beside it,
+NAME.md, is made from these lines. The same command again goes on where it
+stopped. A line of another command, other flags or another protocol is refused
+by name. A job that fails is reported at the end and does not end the others.
 """
 import fcntl
 import json
@@ -336,7 +341,8 @@ def parse_args(argv=None):
     add("--data", default="clutter",
         help="clutter, another named set, clutter:N for a quick try: the miniature; a folder: the "
              "paper's encoders and epochs (default clutter)")
-    add("--only", choices=TABLES, nargs="+", help="these tables (default: all)")
+    add("--only", choices=TABLES, nargs="+", metavar="TABLE",
+        help=f"these tables: {', '.join(TABLES)} (default: all)")
     add("--rows", "--encoders", dest="rows", nargs="+", metavar="ROW",
         help=f"these rows: {', '.join(VARIANTS)}, random, supervised, or an encoder as --list has "
              "it (default: all)")
@@ -354,7 +360,8 @@ def parse_args(argv=None):
         help="what starts a script on several GPUs (default: python)")
     add("--jobs", type=count, default=1, help="jobs side by side; on a CPU they share its cores")
     add("--train-flags", default="", metavar="'FLAGS'",
-        help="beside the recipe, for all pretrainings; a quick try needs its own --results")
+        help="flags of train.py beside the recipe, for all pretrainings; a quick try needs its own "
+             "--results")
     add("--runs", metavar="DIR",
         help="where the runs are (default runs/tables; of other data runs/tables_NAME)")
     add("--results", metavar="FILE",

@@ -5,7 +5,7 @@ care.py, the reader of the authors' checkpoint and tests/golden.json.
   (1), (3)  L_c, L_t                           test_golden
   (2)       attention, position encodings      test_relative_encoding_is_the_naive_double_loop,
                                                test_fused_attention_is_the_plain_form
-  (4), (5)  L_att, the whole loss              test_golden,
+  (4), (5)  L_att, the whole loss              test_golden, test_attention_loss_as_printed,
                                                test_gradients_reach_only_what_they_should
   Sec. 3.3  gradients of the T-stream          test_detach_trunk
   Sec. 4.1  momentum coefficient, update       test_momentum_schedule_and_update
@@ -369,6 +369,35 @@ def test_methods_and_taps():
     assert len(small(blocks=6).online.transformer) == 6
 
 
+def test_attention_loss_as_printed():
+    """Norms, not squared, averaged over the batch; finite gradients, also at c = t; lambda 1.1."""
+    generator = torch.Generator().manual_seed(0)
+    c, t = torch.randn(2, 64, 256, dtype=torch.float64, generator=generator)
+    c, t = care.l2_normalize(c), care.l2_normalize(t)
+    naive = sum(math.sqrt(sum((a - b) ** 2 for a, b in zip(*rows))) for rows in zip(c, t)) / 64
+    close(care.attention_loss(c, t, "norm"), naive, 1e-12)
+
+    lengths = {}
+    for kind in care.ATT_LOSSES:
+        leaf = c.clone().requires_grad_()
+        care.attention_loss(leaf, t, kind).backward()
+        lengths[kind] = leaf.grad.norm(dim=1).mean().item()
+    assert lengths["norm"] == pytest.approx(1 / 64)
+    comparable = 100 * lengths["mse"] / lengths["norm"]  # 100 x 2 sqrt(2) / 256
+    assert comparable == pytest.approx(1.105, rel=0.02)
+
+    same = t.clone().requires_grad_()
+    care.attention_loss(same, t, "norm").backward()
+    assert same.grad.eq(0).all()
+
+    x1, x2 = two_views()
+    plain, printed = small()(x1, x2), small(att_loss="norm")(x1, x2)
+    assert torch.equal(plain["loss_c"], printed["loss_c"])
+    close(printed["loss"].detach() - 100 * printed["loss_att"],
+          plain["loss"].detach() - 100 * plain["loss_att"], 1e-12)
+    assert 1 < printed["loss_att"] / 2 < 2  # about sqrt(2) a term
+
+
 def test_collapse_meter():
     generator = torch.Generator().manual_seed(0)
     assert care.output_std(care.l2_normalize(torch.ones(64, 256))) == 0
@@ -397,6 +426,7 @@ def test_momentum_schedule_and_update():
     ({"method": "dino"}, "method 'dino' is none of care, sequential, byol"),
     ({"position": "rope"}, "position 'rope' is none of none, sincos, absolute, relative"),
     ({"tap": "conv3"}, "tap 'conv3' is none of conv4, conv5"),
+    ({"att_loss": "l1"}, "att_loss 'l1' is none of mse, norm"),
     ({"blocks": 0}, "blocks 0, heads 4: the transformer needs at least one"),
     ({"heads": 0}, "blocks 2, heads 0: the transformer needs at least one"),
     ({"arch": "vgg16"}, "arch 'vgg16' is none of resnet18, resnet34, resnet50"),

@@ -1,34 +1,41 @@
 """Pretrain an encoder with CARE.
 
-  torchrun --nproc_per_node 8 train.py --arch resnet50    the paper's 100-epoch run on ./imagenet
-  python train.py --data shapes                           minutes on a CPU, no download
+  torchrun --nproc_per_node 8 train.py --arch resnet50
+                                  the paper's 100-epoch run on ./imagenet
+  python train.py --data shapes   minutes on a CPU, no download
 
-The same command again resumes. Several nodes: torchrun's own flags. A run leaves in --out
-encoder.pth (plain torchvision keys, what evaluation needs), last.pth (what resuming needs) and
-log.jsonl.
+The same command again resumes. Several nodes: torchrun's own flags. A run
+leaves in --out encoder.pth (plain torchvision keys, what evaluation needs),
+last.pth (what resuming needs) and log.jsonl.
+
+Sections, equations, tables and figures are those of arxiv.org/abs/2110.05340;
+the release is the authors' code. The C-stream is the CNN's, the T-stream the
+transformer's.
 """
 import contextlib
 import math
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from care import ARCHS, CARE, METHODS, POSITIONS, TAPS, InputError, tau_at
+from care import ARCHS, ATT_LOSSES, CARE, METHODS, POSITIONS, TAPS, InputError, tau_at
 from common.data import NAMED_SETS, RECIPES, Stream, describe, open_images, open_labelled
-from common.knn import knn
-from common.ranks import agree, fail, parallelise, user_errors
+from common.knn import knn, rankme
+from common.ranks import agree, fail, note, parallelise, user_errors
 from common.run import (Run, add_data_arguments, add_run_arguments, check_compiler, checked, count,
                         fraction, natural, new_parser, not_negative, positive, use_recipe)
 from common.views import TwoViews, augment
+from common.weights import load_encoder, sha256_of_file, start_from
 
 # What may differ when a run is resumed: speed, place and output, never the mathematics.
 FREE = ("data_root", "workers", "compile", "out", "save_every", "keep_epochs", "log_every",
-        "max_steps", "knn_every", "knn_images")
+        "max_steps", "knn_every", "knn_images", "rank_every", "init")  # init: by its sha256
 MODEL_ARGS = ("arch", "image_size", "method", "blocks", "heads", "position", "tap", "detach_trunk",
-              "lambda_att", "hidden_dim", "stem")
+              "lambda_att", "att_loss", "hidden_dim", "stem")
 RECIPE_ARGS = ("arch", "stem", "image_size", "blocks", "hidden_dim", "tau_base", "epochs",
                "warmup_epochs", "batch_size", "base_lr", "predictor_lr", "crop_min", "knn_every",
-               "knn_images")
+               "knn_images", "rank_every")
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -45,39 +52,58 @@ def add_arguments(parser):
     add = parser.add_argument_group("data").add_argument
     add_data_arguments(add)
     add("--augment", choices=("device", "worker"), default="device",
-        help="make the views batched on the device, or one by one in a worker (the reference)")
+        help="augment views batched on the device (default), or one by one in a loading process: "
+             "the reference")
     add("--crop-min", type=checked(float, "above 0 and up to 1", lambda share: 0 < share <= 1),
-        help=f"smallest crop, a share of the image; small images want more {by_data('crop_min')}")
+        help="smallest area of a random crop, as a share of the image's; small images want more "
+             f"{by_data('crop_min')}")
 
     add = parser.add_argument_group("method").add_argument
-    add("--arch", choices=ARCHS, help=f"encoder, Tables 1-3 {by_data('arch')}")
+    add("--arch", choices=ARCHS, metavar="ARCH",
+        help=f"encoder: {', '.join(ARCHS)}; resnet50w2 is the paper's ResNet-50(2x), Tables 1-3 "
+             f"{by_data('arch')}")
     add("--stem", choices=("imagenet", "cifar"),
         help="cifar: 3x3 convolution, no max-pooling, for small images (default: by --data)")
     add("--method", choices=METHODS, default="care",
-        help="care: two streams; sequential: one (Sec. 4.3); byol: the C-stream alone (Fig. 4)")
+        help="care: C-stream and T-stream side by side (Fig. 2; default); sequential: one stream, "
+             "the transformer behind the CNN (Sec. 4.3); byol: the C-stream alone (Table 1)")
     add("--lambda-att", type=not_negative, default=100.0,
-        help="lambda of Eq. (5), Table 6 (default 100)")
-    add("--blocks", type=count, help=f"attention blocks n, Table 7 {by_data('blocks')}")
-    add("--heads", type=count, default=4, help="attention heads (default 4, the release's)")
+        help="weight lambda of the attention loss in Eq. (5), Table 6 (default 100)")
+    add("--att-loss", choices=ATT_LOSSES, default="mse",
+        help="attention loss, Eq. (4): mse, mean squared differences (release; default), or norm, "
+             "lengths of differences, not squared, as printed. At the start norm's gradient at "
+             "--lambda-att 1.1 is as large as that of mse at 100")
+    add("--blocks", type=count,
+        help=f"attention blocks of the transformer, n of Table 7 {by_data('blocks')}")
+    add("--heads", type=count, default=4,
+        help="attention heads of a block (default 4, the release's)")
     add("--position", choices=POSITIONS, default="relative",
-        help="position encoding, Table 8 (default relative)")
+        help="position encoding p of Eq. (2), Table 8 (default relative)")
     add("--tap", choices=TAPS,
-        help="map that the T-stream reads: conv4 (release, default) or conv5 (Fig. 2)")
+        help="feature map that the T-stream reads: conv4 (release; default) or conv5 (Fig. 2, and "
+             "--method sequential)")
     add("--detach-trunk", action="store_true",
-        help="keep the T-stream's gradients out of the encoder (Sec. 3.3 read literally)")
+        help="keep the T-stream's gradients out of the encoder (Sec. 3.3 read literally; the "
+             "release does not)")
     add("--hidden-dim", type=count,
-        help=f"width of projectors and predictors {by_data('hidden_dim')}")
+        help=f"hidden width of projectors and predictors, Sec. 4.1 {by_data('hidden_dim')}")
     add("--tau-base", type=fraction,
-        help="momentum coefficient at the start, Sec. 4.1; short runs want a smaller one "
+        help="momentum coefficient tau at the start, Sec. 4.1; short runs want a smaller one "
              f"{by_data('tau_base')}")
+    add("--init", metavar="FILE",
+        help="start from weights: of a last.pth of train.py all, predictors too; of any other file "
+             "the ResNet, as --pretrained of linear_eval.py reads it. --arch and --stem are read "
+             "off it unless given")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=count,
         help=f"passes over the images; the paper's are 100, 200, 400, 800 {by_data('epochs')}")
     add("--warmup-epochs", type=not_negative,
-        help="linear warm-up from 1e-6 (default: the paper's 10, of short runs a tenth)")
+        help="epochs of linear warm-up from a rate of 1e-6 (default: a tenth of all, at most the "
+             "paper's 10)")
     add("--batch-size", type=count,
-        help=f"pairs a step, over all ranks and accumulation steps {by_data('batch_size')}")
+        help="pairs of views a step, over all ranks and accumulation steps "
+             f"{by_data('batch_size')}")
     add("--accum-steps", type=count, default=1,
         help="parts, one after the other, of each rank's batch, to save memory (default 1)")
     add("--base-lr", type=positive,
@@ -85,24 +111,32 @@ def add_arguments(parser):
     add("--predictor-lr", type=positive, metavar="FACTOR",
         help="learning rate of the predictors, as a multiple of the others' "
              f"{by_data('predictor_lr')}")
-    add("--momentum", default=0.9, help="of SGD (default 0.9)",
+    add("--momentum", default=0.9, help="momentum of SGD (default 0.9)",
         type=checked(float, "at least 0 and below 1", lambda share: 0 <= share < 1))
     add("--weight-decay", type=not_negative, default=1e-4,
-        help="on all parameters (default 1e-4)")
+        help="weight decay of SGD, on all parameters (default 1e-4)")
 
     add = parser.add_argument_group("running").add_argument
     add_run_arguments(add)
+    add("--sync-bn", choices=("all", "cnn", "none"), default="all",
+        help="batch norms that several GPUs synchronise: all (default); cnn: all except the "
+             "transformer's (release); none")
     add("--compile", action="store_true",
         help="torch.compile both branches (for one GPU or a CPU)")
     add("--save-every", type=count, default=1000, metavar="STEPS",
-        help="between checkpoints (default 1000)")
+        help="steps between checkpoints (default 1000)")
     add("--keep-epochs", type=natural, default=0, metavar="N",
         help="keep each N-th epoch's checkpoint (default 0: none)")
     add("--knn-every", type=natural, metavar="EPOCHS",
-        help="between top-1 scores of kNN (k = 20) on val, the first before the first step; needs "
-             "labels; 0: never (default: by --data; 0 for a folder)")
+        help="epochs between top-1 scores of kNN (k = 20) on val, the first before the first step; "
+             "needs labels; 0: never (default: by --data; 0 for a folder)")
     add("--knn-images", type=count, metavar="N",
-        help=f"labelled training images that kNN compares with {by_data('knn_images')}")
+        help="labelled training images that kNN compares with (default: by --data; 50000 for a "
+             "folder)")
+    add("--rank-every", type=natural, metavar="EPOCHS",
+        help="epochs between values of RankMe (arxiv.org/abs/2210.02885), the effective rank of "
+             "the features of 2,048 training images, the first before the first step; needs no "
+             "labels; 0: never (default: by --data; 1 for a folder)")
 
 
 def parse_args(argv=None):
@@ -114,6 +148,12 @@ def parse_args(argv=None):
 
 def fill_in(args):
     """Fill in the defaults that depend on other arguments, and check that all fit together."""
+    args.init_sha256 = None
+    if args.init and Path(args.init).is_file():
+        with user_errors():
+            encoder = load_encoder(args.init, args.arch, args.stem)
+            args.init_sha256 = sha256_of_file(args.init)
+        args.arch, args.stem = encoder.arch, encoder.stem
     use_recipe(args, RECIPE_ARGS)
     if args.warmup_epochs is None:
         args.warmup_epochs = usual_warmup(args.epochs)
@@ -142,7 +182,7 @@ def default_out(args):
     name, _, count = args.data.partition(":")
     usual = vars(parse_args(["--data", name, "--method", args.method, "--out", "usual"]))
     usual["warmup_epochs"] = usual_warmup(args.epochs)
-    elsewhere = {"data", "method"}
+    elsewhere = {"data", "method", "init_sha256"}
     if name in NAMED_SETS:
         parts = [f"runs/{name}{count}"]
         if args.method != "care":
@@ -162,6 +202,10 @@ def default_out(args):
             parts.append(key + "x".join(map(str, value)))
         else:
             parts.append(f"{key}{value:.12g}")
+    if args.init:
+        file = Path(args.init)
+        ours = file.stem in ("encoder", "last")  # of a run, by its name
+        parts.append(f"init-{file.parent.resolve().name if ours else file.stem}")
     return "_".join(parts)
 
 
@@ -178,9 +222,13 @@ def recipe_flags(args):
 def ending(args, scores):
     """The last lines of a whole run: its encoder, its kNN scores by step, what to type next."""
     lines = [f"encoder in {args.out}/encoder.pth"]
+    if args.init:
+        lines[0] += f", begun from {args.init} (sha256 {args.init_sha256})"
     if scores:  # where there are labels
         first, last = min(scores), max(scores)
-        before = "random encoder" if first == 0 else f"after step {first}"
+        before = f"after step {first}"
+        if first == 0:
+            before = "at the start" if args.init else "random encoder"
         lines.append(f"kNN top-1 on val: {scores[first]:.1f} {before}, {scores[last]:.1f} after "
                      f"step {last}")
         lines.append(f"next: python linear_eval.py --data {args.data} --pretrained "
@@ -204,7 +252,7 @@ def new_model(args, device):
     One group of parameters; with --predictor-lr, the predictors are a second one. InputError when
     --compile does not work on this machine.
     """
-    model = CARE(**{name: getattr(args, name) for name in MODEL_ARGS})
+    model = CARE(**model_args(args))
     model = model.to(device, memory_format=torch.channels_last)
     if args.compile:
         check_compiler(device)
@@ -220,6 +268,36 @@ def new_model(args, device):
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=args.momentum,
                                 weight_decay=args.weight_decay)
     return model, optimizer
+
+
+def model_args(args):
+    """What CARE is made with."""
+    return {name: getattr(args, name) for name in MODEL_ARGS}
+
+
+def load_init(run, args, model):
+    """The weights of --init, unless an earlier run goes on. Exit code 2 if they do not fit."""
+    if agree(run.rank == 0 and Path(args.out, "last.pth").exists()):
+        return
+    remarks = []
+    with user_errors():
+        if args.init_sha256 is None:
+            raise InputError(f"--init {args.init}: no such file")
+        remarks = start_from(model, args.init, model_args(args))
+    for text in remarks:
+        note(text)
+
+
+def synchronised(model, sync_bn):
+    """The parts of a CARE whose batch norms are synchronised on GPUs; None: the whole model."""
+    if sync_bn == "all":
+        return None
+    parts = []
+    if sync_bn == "cnn":
+        parts += [part for name, part in model.named_children() if name.startswith("predictor")]
+        for branch in (model.online, model.momentum):
+            parts += [part for name, part in branch.named_children() if name != "transformer"]
+    return parts
 
 
 def make_views(batch, device, mode):
@@ -303,29 +381,47 @@ def pretrain(run, args):
     with user_errors():
         torch.manual_seed(args.seed)
         model, optimizer = new_model(args, run.device)
+    if args.init:
+        load_init(run, args, model)
     encoder = model.online.encoder
     start = run.restore(
         {"model": model, "optimizer": optimizer}, total_steps, args.save_every,
         exports={"encoder.pth": encoder},
         defaults=vars(parse_args([])),  # before a flag existed, all sets had the paper's value
-        model_args={name: getattr(args, name) for name in MODEL_ARGS})
-    parallel = parallelise(model, run.device)
-    scores = {line["step"]: line["knn"] for line in run.lines if {"step", "knn"} <= line.keys()}
+        model_args=model_args(args))
+    if args.init and start:
+        note(f"{args.out}/last.pth goes on with its own weights; --init {args.init} is not loaded")
+    parallel = parallelise(model, run.device, synchronised(model, args.sync_bn))
+    watched = {"knn": {}, "rankme": {}}  # by step
+    for line in run.lines:
+        for name in watched.keys() & line.keys():
+            if "step" in line:
+                watched[name][line["step"]] = line[name]
+
+    def top1():
+        scores = knn(run, args, encoder, bank, val, ks=(20,))
+        return scores and scores["top1"]
+
+    def rank():
+        return rankme(run, args, encoder, source)
 
     def watch(step):
-        """Log kNN's top-1 on val after `step`, if it is due and has not been."""
-        due = args.knn_every and step % (args.knn_every * steps_per_epoch) == 0
-        if not due or agree(step in scores):
-            return
-        run.save()  # scoring may be interrupted
-        found = knn(run, args, encoder, bank, val, ks=(20,))
-        if found is not None:  # no signal
-            scores[step] = found["top1"]
-            run.log({"step": step, "epoch": step // steps_per_epoch, "knn": scores[step]})
-            run.show(knn=f"{scores[step]:.1f}")
+        """Log kNN's top-1 on val and RankMe after `step`, each if it is due and has not been."""
+        for name, every, measure in (("knn", args.knn_every, top1),
+                                     ("rankme", args.rank_every, rank)):
+            due = every and step % (every * steps_per_epoch) == 0
+            if not due or agree(step in watched[name]):
+                continue
+            run.save()  # measuring may be interrupted
+            value = measure()
+            if value is None:  # a signal
+                return
+            watched[name][step] = value
+            run.log({"step": step, "epoch": step // steps_per_epoch, name: value})
+            run.show(**{name: f"{value:.1f}"})
 
-    # the loop: lr, views, two half steps, optimiser, momentum update; log, save, kNN. The model
-    # stays in train mode; kNN scores a copy.
+    # the loop: lr, views, two half steps, optimiser, momentum update; log, save, watch. The model
+    # stays in train mode; kNN and RankMe take a copy.
     two_views = TwoViews(args.image_size, args.augment, args.crop_min)
     stream = Stream(source, two_views, args.seed, steps_per_epoch * args.batch_size)
     views_of = partial(make_views, device=run.device, mode=args.augment)
@@ -342,7 +438,8 @@ def pretrain(run, args):
         run.after(step + 1, meters, keep=f"epoch{epoch:04.0f}" if kept else None,
                   epoch=round(epoch, 4), **rates)
         watch(step + 1)
-    run.finish(run.unfinished() or f"step {run.total} of {run.total}: {ending(args, scores)}")
+    last_lines = f"step {run.total} of {run.total}: {ending(args, watched['knn'])}"
+    run.finish(run.unfinished() or last_lines)
 
 
 def main(argv=None):

@@ -1,24 +1,29 @@
-"""Figures: what encoders attend to (the paper's Figure 4), and the curves of training runs.
+"""Figures: what encoders attend to (Figure 4), and the curves of training runs.
 
-  python visualize.py --pretrained byol.pth care.pth --images photos/ --out attention.png
-  python visualize.py --pretrained random runs/shapes/encoder.pth --arch resnet18 --images clutter
-  python visualize.py --pretrained runs/shapes/last.pth --t-stream --query 0.5 0.5 --images a.jpg
+  python visualize.py --pretrained byol.pth care.pth --images photos/
+  python visualize.py --pretrained random runs/shapes/encoder.pth \\
+      --arch resnet18 --images clutter
+  python visualize.py --pretrained runs/shapes/last.pth --t-stream \\
+      --query 0.5 0.5 --images a.jpg
   python visualize.py --curves runs/shapes runs/shapes_byol --out curves.png
 
-The objects of the rendered sets, shapes and clutter, have masks; there the maps are scored too.
+The objects of the rendered sets, shapes and clutter, have masks; there the
+maps are scored too.
 
-Grad-CAM of a score s at a feature map A (Selvaraju et al., ICCV 2017, arxiv.org/abs/1610.02391):
+Grad-CAM of a score s at a feature map A (Selvaraju et al., ICCV 2017,
+arxiv.org/abs/1610.02391):
   weight(c) = sum over y, x of ds / dA(c, y, x)
   map(y, x) = relu(sum over c of weight(c) A(c, y, x))
-paper: the gradient's mean. here: its sum, so that a score w.z, z = pool(A), is the map's mean
-before the relu.
---target similarity: s = z.z' / |z| with |z| and z', the normalised z of the mirrored image, held
-  fixed, so map(y, x) = relu(A(y, x).z' / |z|). Its mean before the relu is the cosine of the two,
-  so that maps of different encoders compare. (The gradient of the cosine itself would give maps
-  that sum to zero.)
---target class: s = score of the predicted class, or of --class N, by linear_eval.py's classifier.
-T-stream: the softmax of CARE's Eq. (2) at a query, averaged over heads, times the number of
-  positions, so that 1 is uniform attention.
+paper: the gradient's mean. here: its sum, so that a score w.z, z = pool(A), is
+the map's mean before the relu.
+--target similarity: s = z.z' / |z| with |z| and z', the normalised z of the
+  mirrored image, held fixed, so map(y, x) = relu(A(y, x).z' / |z|). Its mean
+  before the relu is the cosine of the two, so that maps of different encoders
+  compare. (The gradient of the cosine itself would give maps that sum to zero.)
+--target class: s = score of the predicted class, or of --class N, by
+  linear_eval.py's classifier.
+T-stream: the softmax of CARE's Eq. (2) at a query, averaged over heads, times
+  the number of positions, so that 1 is uniform attention.
 """
 import json
 import math
@@ -49,6 +54,7 @@ from common.weights import (check_state, checkpoint_file, load_checkpoint, open_
 
 CURVES = {  # key in log.jsonl -> title of its panel
     "knn": "knn: top-1 accuracy of kNN on val, %",
+    "rankme": "rankme: effective rank of the features",
     "loss": "loss: loss_c + loss_t + lambda loss_att",
     "loss_c": "loss_c: C-stream, Eq. (1), both view orders",
     "loss_t": "loss_t: T-stream, Eq. (3), both view orders",
@@ -65,23 +71,26 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--pretrained", nargs="+", type=checkpoint_file, metavar="FILE|random",
         help="encoders, in any known layout")
-    add("--arch", choices=ARCHS, help="read off the file unless given (random: default resnet50)")
-    add("--stem", choices=STEMS, help="read off the file unless given (random: imagenet)")
+    add("--arch", choices=ARCHS, metavar="ARCH",
+        help=f"encoder: {', '.join(ARCHS)} (default: read off the file; random: resnet50)")
+    add("--stem", choices=STEMS,
+        help="first layers, cifar for small images (default: read off the file; random: imagenet)")
     add("--seed", type=natural, default=0, help="initial weights of random (default 0)")
-    add("--images", nargs="+", default=["shapes"], metavar="DIR|FILE|shapes|clutter",
-        help="photos, or the val images of a rendered set (default shapes)")
+    add("--images", nargs="+", default=["shapes"], metavar="PATH|NAME",
+        help="photos and folders of photos, or the val images of a rendered set, shapes or clutter "
+             "(default shapes)")
     add("--limit", type=count, metavar="N",
         help="draw the first N (default 16; 5 of a rendered set)")
     add("--image-size", type=count, default=224, metavar="PX",
         help="side of the square to which photos are squeezed for the encoder, and at which "
              "images are rendered (default 224)")
-    add("--layer", choices=TAPS, default="conv5", help="feature map A (default conv5)")
+    add("--layer", choices=TAPS, default="conv5", help="feature map A of Grad-CAM (default conv5)")
     add("--target", choices=("similarity", "class"), default="similarity",
-        help="score s (default similarity)")
+        help="score s of Grad-CAM (default similarity)")
     add("--classifier", nargs="+", default=[], metavar="FILE",
         help="classifier.pth of linear_eval.py, one per encoder")
     add("--class", "--label", dest="label", type=natural, metavar="N",
-        help="default: the predicted")
+        help="class that is explained, by its number (default: the predicted)")
     add("--t-stream", action="store_true", help="add each block's attention (needs last.pth)")
     add("--query", type=fraction, nargs=2, default=(0.5, 0.5), metavar=("Y", "X"),
         help="whose attention is drawn, as parts of height and width (default the centre)")

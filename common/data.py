@@ -27,14 +27,14 @@ from common.shapes import Shapes, render_clutter, render_shape
 PAPER = {
     "arch": "resnet50", "stem": "imagenet", "image_size": 224, "blocks": 5, "hidden_dim": 4096,
     "batch_size": 1024, "base_lr": 0.05, "predictor_lr": 1, "epochs": 100, "warmup_epochs": None,
-    "tau_base": 0.99, "crop_min": 0.08, "knn_every": 0, "knn_images": 50000, "labels": None,
-    "head": "linear-bn", "linear_epochs": 80}
+    "tau_base": 0.99, "crop_min": 0.08, "knn_every": 0, "knn_images": 50000, "rank_every": 1,
+    "labels": None, "head": "linear-bn", "linear_epochs": 80}
 MINUTES = PAPER | {  # what the embedded sets share: some hundred steps, small images, few labels
     "arch": "resnet18", "hidden_dim": 512, "batch_size": 32, "base_lr": 0.2, "tau_base": 0.8,
-    "knn_images": 1000, "labels": 1000, "head": "linear"}
+    "knn_images": 1000, "rank_every": 0, "labels": 1000, "head": "linear"}
 SMALL = PAPER | {  # small crops of small images show next to nothing
     "arch": "resnet18", "hidden_dim": 2048, "batch_size": 256, "epochs": 200, "crop_min": 0.2,
-    "knn_every": 10, "knn_images": 5000}
+    "knn_every": 10, "knn_images": 5000, "rank_every": 0}
 RECIPES = {
     "folder": PAPER,
     "shapes": MINUTES | {"image_size": 32, "blocks": 2, "epochs": 6, "crop_min": 0.3,
@@ -306,6 +306,17 @@ def labels_of(source):
     if isinstance(source, Subset):
         return labels_of(source.dataset)[source.indices]
     return torch.as_tensor(source.targets).long()
+
+
+def names_of(source):
+    """class/file of every image; below the class, the path to a file, or the number of an image."""
+    if isinstance(source, Subset):
+        names = names_of(source.dataset)
+        return [names[index] for index in source.indices]
+    if hasattr(source, "name"):
+        return [source.name(index) for index in range(len(source))]
+    labels = labels_of(source).tolist()
+    return [f"{source.classes[label]}/{index}" for index, label in enumerate(labels)]
 
 
 def split_by_class(labels, per_class, seed):

@@ -179,7 +179,7 @@ def average(meters):
 
 
 def take_buffers_of_rank_0(model):
-    """On a CPU batch norms are not synchronised: running statistics are each rank's own."""
+    """Where batch norms are not synchronised, running statistics are each rank's own."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
@@ -282,12 +282,18 @@ def synchronise(module):
             layer.__class__ = SyncBatchNorm
 
 
-def parallelise(model, device):
-    """What to call in training: the model, or its DDP, with batch norms synchronised on GPUs."""
+def parallelise(model, device, synchronised=None):
+    """What to call in training: the model, or its DDP, with batch norms synchronised on GPUs.
+
+    synchronised: the parts of the model whose batch norms are, by --sync-bn; None: the whole model.
+    """
+    if synchronised is not None and (device.type == "cpu" or not dist.is_initialized()):
+        note("--sync-bn has no effect on a CPU or on one GPU: nothing is synchronised there")
     if not dist.is_initialized():
         return model
     if device.type == "cuda":
-        synchronise(model)  # release: without the transformer's, which are per GPU. here: all
+        for part in [model] if synchronised is None else synchronised:
+            synchronise(part)  # release: without the transformer's, which are per GPU. here: all
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer versions rename broadcast_buffers
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False,

@@ -85,20 +85,22 @@ def add_data_arguments(add):
     add("--data-root", default="data", metavar="DIR",
         help="where cifar10, stl10 and imagenette are downloaded to (default ./data)")
     add("--image-size", type=count, nargs="+", metavar="PX",
-        help="height, width: multiples of 32, of 8 with a cifar stem (default: by --data)")
+        help="one side, or height and width, in pixels: multiples of 32, of 8 with a cifar stem "
+             "(default: by --data)")
 
 
 def add_run_arguments(add):
     """--precision, --workers, --seed, --log-every, --max-steps, --out: for all that train."""
     add("--precision", choices=("auto", "bf16", "fp16", "tf32", "fp32"), default="auto",
-        help="auto: bf16, fp16 with a scaler on GPUs that lack it, fp32 on a CPU; fp32: float32 "
-             "throughout; tf32: with TensorFloat-32 products (GPUs from 2020 on)")
+        help="auto (default): bf16; fp16 with a loss scaler on GPUs that lack it; fp32 on a CPU. "
+             "fp32: float32 throughout; tf32: with TensorFloat-32 products (GPUs from 2020 on)")
     add("--workers", type=natural,
         help=f"loading processes a rank (default: its share of the cores, up to {MOST_WORKERS}; on "
              "a CPU 0)")
-    add("--seed", type=natural, default=0, help="of weights, order and views (default 0)")
+    add("--seed", type=natural, default=0,
+        help="seed of weights, order and augmentation (default 0)")
     add("--log-every", type=count, default=10, metavar="STEPS",
-        help="between log lines (default 10)")
+        help="steps between log lines (default 10)")
     add("--max-steps", type=count, metavar="N",
         help="stop with a checkpoint after step N; schedules stay those of the whole run")
     add("--out", help="run directory (default: under runs/); a run in it is resumed")
@@ -370,11 +372,13 @@ class Run:
         return f"{where}: stopped, the same command goes on"
 
     # -------------------------------------------------------------------------------- scoring
-    def in_order(self, source, transform, what, batch_size=SCORING_BATCH, collate=collate):
+    def in_order(self, source, transform, what, batch_size=SCORING_BATCH, collate=collate,
+                 replace=False):
         """This rank's share of a data set, once, in order: yields collate's batches, less `bad`.
 
         A signal ends it early, after as many batches on all ranks: ask `stopping` behind it. Exit
-        code 2 if an image cannot be read.
+        code 2 if an image cannot be read; with `replace` the next one takes the place of an image
+        that cannot be decoded, as in training, which names it.
         """
         stream = Stream(source, transform, self.args.seed, len(source), shuffle=False)
         unreadable = Unreadable(stream)
@@ -388,7 +392,8 @@ class Run:
             if self.stopping():
                 return
             if batch is not None:
-                unreadable.note(batch[-1])
+                if not replace:
+                    unreadable.note(batch[-1])
                 yield batch[:-1]
         if unreadable.count():
             fail(f"{what} cannot be scored without the images named above")
@@ -565,6 +570,8 @@ def check_same_run(path, checkpoint, now, parts, free, defaults):
         raise InputError(f"{path}: not a checkpoint of this script, without "
                          f"{', '.join(sorted(missing))}")
     then = defaults | checkpoint["args"]
+    if now.get("init") and now["init_sha256"] is None:  # the file has gone
+        now["init_sha256"] = then["init_sha256"] or "unknown"
     names = {name for name in {*then, *now} if then.get(name) != now.get(name)}
     moved = names & {"data", "images"} == {"data"} and Path(now["data"]).is_dir()
     if moved and then["data"].partition(":")[0] not in NAMED_SETS:
@@ -586,14 +593,24 @@ def as_bytes(save, *what):
     return buffer.getbuffer()
 
 
-def write_whole(path, content):
-    """Write bytes to a file, whole or not at all: a temporary file, fsync, rename."""
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file to write to, whole or not at all: a temporary file, fsync, rename."""
     temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # of an attempt that failed
+
+
+def write_whole(path, content):
+    """Write bytes to a file, whole or not at all."""
+    with whole_file(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_lines(path):

@@ -1,7 +1,8 @@
 """Checkpoints in: the ResNet in any file that holds one, read without executing anything.
 
 `load_encoder` finds it in files of ours, of the authors, torchvision, MoCo and other tools;
-`load_released` reads the authors' whole model; `load_checkpoint` reads any file of torch.save's.
+`load_released` reads the authors' whole model, `start_from` one of ours or an encoder;
+`load_checkpoint` reads any file of torch.save's.
 """
 import argparse
 import errno
@@ -13,6 +14,7 @@ import types
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from care import ARCHS, Encoder, InputError
 
@@ -177,6 +179,57 @@ def sha256_of(encoder):
         if not name.endswith("num_batches_tracked"):  # no feature depends on it; some files lack it
             digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def sha256_of_file(path):
+    """The sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------ a model begun
+SHAPING = ("method", "blocks", "heads", "position", "tap", "hidden_dim")  # besides arch and stem
+OWN_KEYS = {"model", "model_args", "unreadable"}  # among those of a last.pth of train.py
+
+
+def start_from(model, path, settings):
+    """Load into a CARE, made with `settings`, all that a last.pth of train.py holds.
+
+    Of any other file the encoder, into both branches. Position tables for another image size are
+    resized linearly, along each axis. -> remarks. InputError, and nothing changed, if it differs.
+    """
+    checkpoint = load_checkpoint(path)
+    if not isinstance(checkpoint, dict) or OWN_KEYS - checkpoint.keys():
+        encoder = load_encoder(path, model.online.encoder.arch, model.online.encoder.stem)
+        for branch in (model.online, model.momentum):
+            branch.encoder.load_state_dict(encoder.state_dict())
+        left_out = ", ".join(encoder.left_out)
+        return [f"{path}: left out {left_out}"] if left_out else []
+    then = checkpoint["model_args"]
+    differ = [f"--{name.replace('_', '-')} {then[name]}" for name in SHAPING
+              if name in then and then[name] != settings[name]]
+    if differ:
+        raise InputError(f"{path}: holds a model of {' '.join(differ)}; give the same, or the "
+                         "encoder.pth beside it, to start from its encoder alone")
+    state, own = checkpoint["model"], model.state_dict()
+    remarks = []
+    for key in own:
+        if ".position." in key and key in state and len(state[key]) != len(own[key]):
+            state[key] = resize_table(state[key], len(own[key]))
+            remarks = [f"{path}: position tables resized from {then['image_size']} to "
+                       f"{settings['image_size']} px, linearly along each axis"]
+    check_state(path, state, own)
+    model.load_state_dict(state)
+    return remarks
+
+
+def resize_table(table, length):
+    """A position table (L, d), of rows, columns or offsets -> (length, d), by linear interpolation.
+
+    Ends of the range it covers stay ends, so that the middle, offset 0, stays the middle.
+    """
+    resized = F.interpolate(table.T[None], length, mode="linear", align_corners=False)
+    return resized[0].T  # (length, d)
 
 
 # ------------------------------------------------------------------------------- the authors' model

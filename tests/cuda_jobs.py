@@ -27,11 +27,13 @@ JOBS = {  # script -> the command lines that are run one after the other
     "train": [
         [*SMALL, *MODEL, "--workers", "1", "--knn-every", "1", "--max-steps", "1", "--out", "run"],
         [*SMALL, *MODEL, "--workers", "1", "--knn-every", "1", "--out", "run"],
-        [*SMALL, *MODEL, "--accum-steps", "2", "--precision", "fp16", "--out", "fp16"],
+        [*SMALL, *MODEL, "--accum-steps", "2", "--precision", "fp16", "--sync-bn", "cnn",
+         "--out", "fp16"],
         [*SMALL, *MODEL, "--image-size", "32", "--blocks", "2", "--precision", "tf32",
          "--out", "tf32"]],
     "linear_eval": [
-        [*EVALUATED, "--out", "linear"], [*EVALUATED, "--evaluate", "--out", "linear"],
+        [*EVALUATED, "--sync-bn", "none", "--export", "features.npz", "--out", "linear"],
+        [*EVALUATED, "--evaluate", "--out", "linear"],
         [*EVALUATED, "--knn", "--precision", "fp32", "--out", "knn"]],
     "semi_eval": [[*EVALUATED, "--percent", "100", "--out", "semi"]],
     "detect_eval": [[*DETECTED, "--protocol", "voc-c4", "--out", "voc"],

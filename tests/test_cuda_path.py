@@ -18,12 +18,15 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules._functions import SyncBatchNorm as TorchsOwn
 
 import pretended_gpu
+import train
+from care import CARE
 from common import run as run_module
-from common.ranks import SyncBatchNorm, synchronise
+from common.ranks import SyncBatchNorm, parallelise, synchronise
 from common.run import set_precision
 from conftest import CPU, HERE, ROOT, class_folders, free_port, header, refused, torchrun
 from cuda_jobs import JOBS
@@ -335,3 +338,64 @@ def test_what_is_left_on_the_cpu_is_found(library, tmp_path):
         jobs.append((tmp_path / f"run {number}", f"run_script({script!r})", {}, root))
     for fault, (code, _, err) in zip(FAULTS, on_gpus(library, jobs)):
         assert code == 1 and re.search("same device|should be the same", err), (fault, err)
+
+
+# --------------------------------------------------------------------------------------- --sync-bn
+OWN = {"all": (), "cnn": (".transformer.",), "none": ("",)}  # in names of norms of each rank alone
+
+
+def sync_bn_model():
+    torch.manual_seed(0)
+    model = CARE("thin", image_size=64, blocks=2, hidden_dim=32, out_dim=16).double()
+    return model, *torch.randn(2, 8, 3, 64, 64, dtype=torch.float64)
+
+
+def sync_bn_rank(out):
+    """One of two ranks: a loss of its half of a batch by each --sync-bn -> to OUT.RANK."""
+    dist.init_process_group("gloo")
+    library, rank, results = add_kernels(), dist.get_rank(), {}
+    for sync_bn in OWN:
+        model, x, y = sync_bn_model()
+        parts = train.synchronised(model, sync_bn)
+        parallel = parallelise(model, torch.device("cuda"), parts)
+        loss = parallel(*(view[4 * rank:4 * rank + 4] for view in (x, y)))["loss"]
+        loss.backward()
+        norms = {name: layer.running_mean for name, layer in model.named_modules()
+                 if hasattr(layer, "running_mean")}
+        results[sync_bn] = loss.detach(), model.online.encoder.conv1.weight.grad, norms
+    torch.save(results, f"{out}.{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+    del library
+
+
+def in_halves(layer, x):
+    """A batch norm of two ranks, each with its half of the batch."""
+    halves = [F.batch_norm(half, None, None, layer.weight, layer.bias, True) for half in x.chunk(2)]
+    return torch.cat(halves)
+
+
+def test_sync_bn_all_cnn_none(tmp_path):
+    """Of all norms, all but the transformers', none: loss and gradient of two ranks are those of
+    one process whose other norms take halves of the batch; statistics are alike where joined."""
+    result = torchrun(2, sync_bn_rank, tmp_path / "found")
+    assert result.codes == [0, 0], result.stderr
+    first, second = (torch.load(f"{tmp_path}/found.{rank}") for rank in (0, 1))
+    losses = set()
+    for sync_bn, own in OWN.items():
+        model, x, y = sync_bn_model()
+        for name, layer in model.named_modules():
+            if hasattr(layer, "running_mean"):
+                alone = any(part in name for part in own)
+                same = torch.equal(first[sync_bn][2][name], second[sync_bn][2][name])
+                assert same != alone, (sync_bn, name)
+                if alone:
+                    layer.forward = partial(in_halves, layer)
+        loss = model(x, y)["loss"]
+        loss.backward()
+        found = (first[sync_bn][0] + second[sync_bn][0]) / 2
+        torch.testing.assert_close(found, loss.detach(), rtol=1e-9, atol=0)
+        torch.testing.assert_close(first[sync_bn][1], model.online.encoder.conv1.weight.grad,
+                                   rtol=1e-7, atol=1e-12)
+        losses.add(round(loss.item(), 6))
+    assert len(losses) == 3

@@ -13,9 +13,10 @@ import torchvision.transforms.functional as TF
 
 from care import Encoder
 from common import knn, views
+from common.data import ImageFiles
 from common.run import Run
 from common.shapes import Shapes
-from conftest import photo, torchrun
+from conftest import images, photo, torchrun
 
 
 def test_top_k_is_a_naive_count():
@@ -127,8 +128,8 @@ def test_knn_gives_nothing_after_a_signal(batches, warm_encoder, monkeypatch):
     run, args = alone()
     in_order, seen = Run.in_order, []
 
-    def interrupted(*arguments):
-        for batch in in_order(*arguments, batch_size=5):
+    def interrupted(*arguments, **named):
+        for batch in in_order(*arguments, batch_size=5, **named):
             seen.append(batch)
             yield batch
             if len(seen) == batches:
@@ -162,3 +163,80 @@ def test_two_ranks_score_knn_as_one(warm_encoder, tmp_path):
     one = knn.knn(run, args, warm_encoder, Shapes("train", 231, 32), Shapes("val", 61, 32))
     for rank in (0, 1):
         assert json.loads((tmp_path / f"rank{rank}").read_text()) == pytest.approx(one)
+
+
+# ------------------------------------------------------------------------------------------- RankMe
+def test_effective_rank_is_the_papers():
+    """exp(entropy of the normalised singular values), against numpy; of known matrices."""
+    generator = torch.Generator().manual_seed(0)
+    for shape, scale in (((40, 12), 1), ((9, 30), 1e-3)):
+        x = torch.randn(shape, generator=generator) * torch.logspace(0, -3, shape[1]) * scale
+        values = np.linalg.svd(x.double().numpy(), compute_uv=False)
+        p = values / values.sum()
+        assert knn.effective_rank(x).item() == pytest.approx(np.exp(-(p * np.log(p)).sum()))
+    assert knn.effective_rank(torch.eye(16) * 5).item() == pytest.approx(16)
+    assert knn.effective_rank(torch.ones(20, 8)).item() == pytest.approx(1, abs=1e-3)
+    assert knn.effective_rank(torch.zeros(20, 8)).item() == 1
+
+
+@pytest.mark.parametrize("most, chosen", [(8, range(0, 32, 4)), (40, range(32))])
+def test_rankme_is_of_plain_features_of_the_same_images(most, chosen, warm_encoder, monkeypatch):
+    """In eval mode and float32 under autocast, too; encoder and random state stay as they are."""
+    monkeypatch.setattr(knn, "RANK_IMAGES", most)
+    score_in_batches_of(monkeypatch, 5)
+    run, args = alone()
+    source = Shapes("train", 32, 32)
+    rows = []
+    warm_encoder.eval()
+    for index in chosen:
+        x = TF.normalize(TF.to_tensor(source[index][0]), views.IMAGENET_MEAN, views.IMAGENET_STD)
+        with torch.no_grad():
+            rows.append(warm_encoder(x[None])[1].mean((2, 3))[0].double().numpy())
+    values = np.linalg.svd(np.stack(rows), compute_uv=False)
+    p = values / values.sum()
+    wanted = np.exp(-(p * np.log(p)).sum())
+    before = {name: value.clone() for name, value in warm_encoder.state_dict().items()}
+    state = torch.get_rng_state()
+    for autocast in (run.autocast, torch.autocast("cpu", torch.bfloat16)):
+        run.autocast = autocast
+        found = knn.rankme(run, args, warm_encoder.train(), source)
+        assert found == pytest.approx(wanted, rel=1e-4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in warm_encoder.modules())
+    assert all(torch.equal(before[name], value)
+               for name, value in warm_encoder.state_dict().items())
+    run.signals.append(signal.SIGTERM)
+    assert knn.rankme(run, args, warm_encoder, source) is None
+
+
+def test_rankme_replaces_what_it_cannot_read(warm_encoder, tmp_path, capsys):
+    """As training does, and names: one image of a folder does not end a run."""
+    files = ImageFiles(images(tmp_path, 10))
+    run, args = alone()
+    whole = knn.rankme(run, args, warm_encoder, files)
+    (tmp_path / "004.png").write_bytes((tmp_path / "005.png").read_bytes())
+    replaced = knn.rankme(run, args, warm_encoder, files)
+    (tmp_path / "004.png").write_bytes(b"")
+    assert knn.rankme(run, args, warm_encoder, files) == replaced != whole
+    assert capsys.readouterr().err == ""
+
+
+def rankme_of_a_rank(weights, out):
+    """RankMe of an odd number of images; a rank's running statistics are its own on a CPU."""
+    run, args = alone()
+    encoder = Encoder("thin")
+    encoder.load_state_dict(torch.load(weights, weights_only=True))
+    if run.rank > 0:
+        encoder.bn1.running_mean += 1
+    found = knn.rankme(run, args, encoder, Shapes("train", 61, 32))
+    Path(f"{out}{run.rank}").write_text(json.dumps(found))
+
+
+def test_two_ranks_find_the_rank_of_one(warm_encoder, tmp_path):
+    torch.save(warm_encoder.state_dict(), tmp_path / "encoder.pth")
+    result = torchrun(2, rankme_of_a_rank, tmp_path / "encoder.pth", tmp_path / "rank")
+    assert result.returncode == 0, result.stderr
+    run, args = alone()
+    one = knn.rankme(run, args, warm_encoder, Shapes("train", 61, 32))
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"rank{rank}").read_text()) == pytest.approx(one, rel=1e-4)

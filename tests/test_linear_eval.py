@@ -1,8 +1,10 @@
 """linear_eval.py: its protocol, its runs end to end, and what it refuses."""
 import json
 import signal
+from functools import partialmethod
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +14,10 @@ import common.run as run_module
 import linear_eval
 from care import Encoder
 from common import data
+from common.ranks import parallelise
+from common.views import centre_crop, to_input
 from common.weights import open_encoder, sha256_of
-from conftest import (RANDOM, SGD, check_head, check_views, class_folders, cosine, final_line,
+from conftest import (CPU, RANDOM, SGD, check_head, check_views, class_folders, cosine, final_line,
                       images, photo, refused, signal_after_step, steps, stopped, torchrun,
                       train_small)
 
@@ -379,3 +383,120 @@ def test_a_refusal_to_read_is_one_line(tmp_path, capsys, monkeypatch):
                tmp_path / "set", "--batch-size", 4, "--out", tmp_path / "out")
         saved = torch.load(tmp_path / "out" / "last.pth", weights_only=True)
         assert saved["step"] == len(steps(tmp_path / "out")) == step
+
+
+# ------------------------------------------------------------------------------------- features out
+@pytest.mark.usefixtures("one_thread")
+def test_exported_features_are_those_of_knn(encoder_file, tmp_path, capsys):
+    """kNN by numpy on the file finds the last line's score; it is read without pickle."""
+    flags = ["--pretrained", encoder_file, "--labels", 40, "--export", tmp_path / "f.npz"]
+    result = evaluated(capsys, tmp_path / "out", *flags, "--knn")
+    assert result["export"] == str(tmp_path / "f.npz") and result["protocol"] == "knn"
+    found = dict(np.load(tmp_path / "f.npz", allow_pickle=False))
+    kinds = {"features": np.float32, "labels": np.int64}
+    assert set(found) == {f"{split}_{kind}" for split in ("train", "val")
+                          for kind in ("features", "labels", "names")}
+    for split, size in (("train", 40), ("val", 100)):
+        for kind, dtype in kinds.items():
+            assert found[f"{split}_{kind}"].dtype == dtype
+        assert found[f"{split}_features"].shape == (size, Encoder("thin").dim5)
+        names = found[f"{split}_names"]
+        assert names.shape == (size,) and names.dtype.kind == "U"
+    classes = data.Shapes.classes
+    assert found["val_names"][13] == f"{classes[3]}/13" and found["val_labels"][13] == 3
+    names = [name.partition("/")[0] for name in found["train_names"]]
+    assert [classes.index(name) for name in names] == found["train_labels"].tolist()
+
+    bank, queries = (found[f"{split}_features"].astype(np.float64) for split in ("train", "val"))
+    bank /= np.linalg.norm(bank, axis=1, keepdims=True)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    correct = 0
+    for query, truth in zip(queries, found["val_labels"]):
+        cosines = bank @ query
+        votes = np.zeros(10)
+        for index in np.argsort(-cosines)[:20]:
+            votes[found["train_labels"][index]] += np.exp(cosines[index] / 0.07)
+        correct += votes.argmax() == truth
+    assert result["top1"] == pytest.approx(correct)
+
+    encoder = open_encoder(encoder_file, None, None, 0).eval()
+    image, _ = data.open_images("shapes:60", "val", size=32)[13]
+    with torch.no_grad():
+        pooled = encoder(to_input(centre_crop(image, [32, 32])[None], CPU))[1].mean((2, 3))[0]
+    np.testing.assert_allclose(found["val_features"][13], pooled, rtol=1e-4, atol=1e-6)
+
+
+def test_features_of_files_before_the_head_is_trained(tmp_path, capsys):
+    """Names are those of the files below train and val; the head's scores stay as without it."""
+    for split in ("train", "val"):
+        class_folders(tmp_path / "set" / split, ["cat", "d\xf6g"], count=4)
+    flags = [*RANDOM, "--data", tmp_path / "set", "--batch-size", 4]
+    plain = evaluated(capsys, tmp_path / "a", *flags)
+    result = evaluated(capsys, tmp_path / "b", *flags, "--export", tmp_path / "f.npz")
+    assert result == plain | {"export": str(tmp_path / "f.npz")}
+    found = np.load(tmp_path / "f.npz")
+    assert found["val_names"].tolist() == [f"{name}/{number:03d}.png" for name in ("cat", "d\xf6g")
+                                           for number in range(4)]
+    again = evaluated(capsys, tmp_path / "b", *flags, "--export", tmp_path / "f.npz")
+    assert again == result and not list(tmp_path.glob("*.tmp"))
+
+
+def export_of_rank(out, *flags):
+    """Batches of 8 images over both ranks: the last one is of rank 0 alone."""
+    run_module.Run.in_order = partialmethod(run_module.Run.in_order, batch_size=8)
+    linear_eval.main([*flags, "--export", out])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_two_ranks_export_the_features_of_one(encoder_file, tmp_path, capsys):
+    sets = tmp_path / "set"
+    for split, count in (("train", 17), ("val", 5)):
+        class_folders(sets / split, ["cat"], count=count)
+    flags = ["--image-size", "32", "--workers", "0", "--data", str(sets), "--pretrained",
+             str(encoder_file), "--knn", "--out", str(tmp_path / "out")]
+    result = torchrun(2, export_of_rank, tmp_path / "two.npz", *flags)
+    assert result.returncode == 0, result.stderr
+    linear_eval.main([*flags, "--export", str(tmp_path / "one.npz")])
+    one, two = (np.load(tmp_path / name) for name in ("one.npz", "two.npz"))
+    for name in one:
+        if one[name].dtype == np.float32:
+            np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-5)
+        else:
+            assert (one[name] == two[name]).all()
+
+
+def test_bad_places_for_features(tmp_path, capsys, monkeypatch):
+    flags = [*RANDOM, "--knn", "--out", tmp_path, "--export"]
+    refuse(capsys, "argument --export: f.csv: must end in .npz", *flags, "f.csv")
+    refuse(capsys, "no/f.npz: there is no such folder", *flags, tmp_path / "no" / "f.npz")
+    (tmp_path / "folder.npz").mkdir()
+    refused(capsys, *LINEAR, *flags, tmp_path / "folder.npz", code=1, script=linear_eval,
+            match="cannot write .*/folder.npz: ")
+    (tmp_path / "folder.npz").rmdir()
+    monkeypatch.setattr(run_module, "catch_signals", lambda: [signal.SIGTERM])
+    line = stop_early(capsys, tmp_path, *flags, tmp_path / "f.npz")
+    assert line == "stopped while scoring; the same command goes on"
+    assert not list(tmp_path.glob("*.npz*"))
+
+
+# --------------------------------------------------------------------------------------- --sync-bn
+def test_sync_bn_of_the_head(tmp_path, capsys, monkeypatch):
+    """It reaches what joins the ranks, the result and resuming; on a CPU one line says so."""
+    seen = []
+    monkeypatch.setattr(linear_eval, "parallelise",
+                        lambda *found: seen.append(found[2]) or parallelise(*found))
+    result = evaluated(capsys, tmp_path / "all", *RANDOM)
+    assert result["sync_bn"] == "all"
+    linear_eval.main([*LINEAR, *RANDOM, "--sync-bn", "none", "--out", str(tmp_path / "none")])
+    output = capsys.readouterr()
+    assert json.loads(output.out.splitlines()[-1]) == result | {"sync_bn": "none"}
+    assert output.err == ("note: --sync-bn has no effect on a CPU or on one GPU: nothing is "
+                          "synchronised there\n")
+    assert seen == [None, []]
+    refuse(capsys, "sync_bn was all, is none", *RANDOM, "--sync-bn", "none", "--out",
+           tmp_path / "all")
+    refuse(capsys, "invalid choice: 'cnn'", *RANDOM, "--sync-bn", "cnn", "--out", tmp_path / "c")
+    saved = torch.load(tmp_path / "all" / "last.pth", weights_only=True)
+    del saved["args"]["sync_bn"]
+    torch.save(saved, tmp_path / "all" / "last.pth")
+    assert evaluated(capsys, tmp_path / "all", *RANDOM) == result

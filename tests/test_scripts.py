@@ -8,9 +8,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torchvision.models import mobilenet_v3_small
 
 from conftest import ROOT, SMALL, refused, steps
 
+SCRIPTS = ("train", "bench", "linear_eval", "semi_eval", "detect_eval", "visualize", "tables")
 # The nearest values that make no sense, by flag; of all other numeric flags -1 is none.
 SENSELESS = {
     "0": ("accum_steps", "base_lr", "batch_size", "blocks", "crop_min", "epochs", "head_lr",
@@ -51,8 +54,7 @@ def takes_numbers(action):
     return False
 
 
-@pytest.mark.parametrize("name", ["train", "bench", "linear_eval", "semi_eval", "detect_eval",
-                                  "visualize", "tables"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_every_number_has_a_range(name, capsys):
     """Not a number, infinite, negative, or just outside its range: one line and exit code 2."""
     parser = parser_of(importlib.import_module(name))
@@ -72,6 +74,15 @@ def test_every_number_has_a_range(name, capsys):
             assert re.search(rf"argument (\S*/)?{flag}: ({problem})", line), line
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_fits_a_terminal(name, monkeypatch):
+    """80 columns, the description too; every flag says something."""
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = parser_of(importlib.import_module(name))
+    wide = [line for line in parser.format_help().splitlines() if len(line) > 80]
+    assert wide == [] and all(action.help for action in parser._actions)
+
+
 def test_a_users_own_modules_change_nothing(tmp_path):
     """data.py, run.py and a package common, in the current directory and on PYTHONPATH."""
     (tmp_path / "common").mkdir()
@@ -83,3 +94,20 @@ def test_a_users_own_modules_change_nothing(tmp_path):
                             env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert result.returncode == 0, result.stderr
     assert [line["step"] for line in steps(tmp_path / "out")] == [1, 2]
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    """As it stands there: it trains the encoder that it saves, and the momentum branch follows."""
+    snippet, = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    found = {}
+    exec(compile(snippet, "README.md", "exec"), found)
+    encoder, momentum = found["encoder"], found["model"].momentum.encoder
+    saved = torch.load("encoder.pth", weights_only=True)
+    assert all(torch.equal(saved[key], value) for key, value in encoder.state_dict().items())
+    assert found["out"]["loss"].isfinite() and found["optimizer"].param_groups[0]["lr"] == 0
+    torch.manual_seed(0)
+    name = "features.0.0.weight"
+    first = mobilenet_v3_small().get_parameter(name)
+    assert 0 < (momentum.get_parameter(name) - first).norm() < (saved[name] - first).norm()

@@ -2,11 +2,13 @@
 import argparse
 import contextlib
 import ctypes
+import hashlib
 import inspect
 import json
 import math
 import os
 import pickle
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import care
 import train
-from care import CARE
+from care import CARE, Encoder
 from common import data, views
 from common import run as run_module
 from common.run import Run
@@ -44,6 +46,7 @@ def test_the_defaults_are_the_papers_run():
         "hidden_dim": 4096, "tau_base": 0.99, "epochs": 100, "warmup_epochs": 10,
         "batch_size": 1024, "accum_steps": 1, "base_lr": 0.05, "predictor_lr": 1, "momentum": 0.9,
         "weight_decay": 1e-4, "precision": "auto", "seed": 0, "knn_every": 0, "max_steps": None,
+        "att_loss": "mse", "sync_bn": "all", "init": None,
     }
     args = vars(train.parse_args(["--arch", "resnet50"]))
     assert {name: args[name] for name in wanted} == wanted
@@ -115,7 +118,7 @@ def test_every_flag_of_the_model_reaches_it(monkeypatch):
     """Whatever CARE takes can be said, but for out_dim, the paper's 256."""
     given = {"arch": "resnet34", "image_size": [64, 32], "method": "byol", "blocks": 3, "heads": 2,
              "position": "absolute", "tap": "conv5", "detach_trunk": True, "lambda_att": 7.5,
-             "hidden_dim": 32, "stem": "cifar"}
+             "att_loss": "norm", "hidden_dim": 32, "stem": "cifar"}
     assert {*given, "out_dim"} == set(inspect.signature(CARE).parameters)
     args = argparse.Namespace(**vars(train.parse_args(SMALL)) | given)
     found = {}
@@ -127,6 +130,7 @@ def test_every_flag_of_the_model_reaches_it(monkeypatch):
 @pytest.mark.parametrize("flags", [
     ("--method", "byol"), ("--method", "sequential"), ("--tap", "conv5"), ("--augment", "worker"),
     ("--position", "sincos"), ("--detach-trunk",), ("--stem", "cifar"), ("--precision", "bf16"),
+    ("--att-loss", "norm"),
     ("--image-size", "32", "64"),
 ])
 def test_ablations_train(flags, tmp_path):
@@ -240,7 +244,7 @@ def watched(tmp_path_factory):
         hook = register_optimizer_step_pre_hook(step)
         train.main(["--data", str(root / "set"), "--arch", "thin", "--image-size", "32",
                     "--hidden-dim", "64", "--batch-size", "8", "--epochs", "20", "--workers", "0",
-                    "--out", str(root / "run"), "--log-every", "1"])
+                    "--out", str(root / "run"), "--log-every", "1", "--rank-every", "0"])
         hook.remove()
     return seen, steps(root / "run")
 
@@ -701,3 +705,159 @@ def test_a_step_on_a_gpu_never_waits_for_it(monkeypatch, tmp_path):
 
     monkeypatch.setattr(train, "pretrain_step", watched)
     assert len(train_small(tmp_path, "--max-steps", 3, "--precision", "fp32")) == 3
+
+
+# ------------------------------------------------------------------------------------------- RankMe
+def test_rankme_changes_nothing_and_is_neither_lost_nor_repeated(labelled, tmp_path, capsys):
+    """As for kNN: weights and losses bit for bit; over stops and resumes; beside kNN's scores."""
+    flags = ["--data", labelled, "--knn-every", 2]
+    train_small(tmp_path / "off", *flags)
+    train_small(tmp_path / "on", *flags, "--rank-every", 1)
+    lines = steps(tmp_path / "on")
+    ranks = [line for line in lines if "rankme" in line]
+    assert [(line["step"], line["epoch"]) for line in ranks] == [(0, 0), (4, 1), (8, 2)]
+    assert all(set(line) == {"step", "epoch", "rankme"} for line in ranks)
+    assert all(1 < line["rankme"] < 32 for line in ranks)  # 32 images
+    assert len({line["rankme"] for line in ranks}) == 3
+    plain, other = ([{key: line[key] for key in line if key not in ("images/s", "memory_gib")}
+                     for line in steps(tmp_path / name) if "rankme" not in line]
+                    for name in ("off", "on"))
+    assert plain == other and same_encoder(tmp_path / "on", tmp_path / "off")
+    for stop in (3, 4, 6, 8, 8):
+        train_small(tmp_path / "parts", *flags, "--rank-every", 1, "--max-steps", stop)
+    assert same_log(tmp_path / "parts", tmp_path / "on")
+    assert same_encoder(tmp_path / "parts", tmp_path / "on")
+
+
+def test_rankme_watches_folders_by_default(tmp_path, monkeypatch):
+    """Without labels, where kNN cannot; on the bar too; --rank-every 0 leaves it out."""
+    shown = []
+    monkeypatch.setattr(run_module.tqdm, "set_postfix",
+                        lambda bar, fields, **_: shown.append(fields.get("rankme")))
+    flags = list(SMALL)
+    at = flags.index("--rank-every")
+    del flags[at:at + 2]
+    images(tmp_path / "flat", 17)
+    flags += ["--data", str(tmp_path / "flat"), "--out", str(tmp_path / "run"), "--max-steps", "2"]
+    train.main(flags)
+    found = [line["rankme"] for line in steps(tmp_path / "run") if "rankme" in line]
+    assert len(found) == 2 and shown[0] == f"{found[0]:.1f}" and shown[-1] == f"{found[1]:.1f}"
+    assert not any("rankme" in line for line in train_small(
+        tmp_path / "off", "--data", tmp_path / "flat", "--max-steps", 1))
+
+# ------------------------------------------------------------------------------------------- --init
+def before_the_first_step(monkeypatch, *flags):
+    """The weights of a small run before its first step, by name."""
+    seen = {}
+
+    def restore(run, parts, total, *rest, **named):
+        seen.update({key: value.clone() for key, value in parts["model"].state_dict().items()})
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "restore", restore)
+        patch.setattr(run_module, "open_directory", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*SMALL, "--out", "nowhere", *map(str, flags)])
+    return seen
+
+
+@pytest.fixture(scope="module")
+def weights_of_another(tmp_path_factory):
+    """The directory of a short run with another seed, whose momentum branch lags behind."""
+    out = tmp_path_factory.mktemp("another")
+    train_small(out, "--seed", 5, "--max-steps", 2)
+    return out
+
+
+def test_init_from_an_encoder_or_a_whole_model(weights_of_another, monkeypatch, capsys):
+    plain = before_the_first_step(monkeypatch)
+    encoder = torch.load(weights_of_another / "encoder.pth", weights_only=True)
+    found = before_the_first_step(monkeypatch, "--init", weights_of_another / "encoder.pth")
+    for key, value in found.items():
+        own = key.removeprefix("online.encoder.").removeprefix("momentum.encoder.")
+        assert torch.equal(value, plain[key] if own == key else encoder[own]), key
+    assert capsys.readouterr().err == ""
+    last = torch.load(weights_of_another / "last.pth", weights_only=True)["model"]
+    found = before_the_first_step(monkeypatch, "--init", weights_of_another / "last.pth")
+    assert all(torch.equal(value, last[key]) for key, value in found.items())
+    found = before_the_first_step(monkeypatch, "--init", weights_of_another / "last.pth",
+                                  "--image-size", 64)
+    note = capsys.readouterr().err
+    assert note.count("\n") == 1 and "tables resized from [32, 32] to [64, 64] px" in note
+    assert torch.equal(found["predictor_c.0.weight"], last["predictor_c.0.weight"])
+
+
+def test_init_tells_arch_and_stem(tmp_path, capsys):
+    torch.save({"state_dict": Encoder("thin", "cifar").state_dict()}, tmp_path / "e.pth")
+    flags = ["--data", "shapes", "--init", str(tmp_path / "e.pth")]
+    args = train.parse_args(flags)
+    assert (args.arch, args.stem) == ("thin", "cifar")
+    assert args.init_sha256 == hashlib.sha256((tmp_path / "e.pth").read_bytes()).hexdigest()
+    refused(capsys, *flags, "--arch", "resnet18",
+            match="e.pth: arch resnet18 was asked for, but the file holds thin")
+    refused(capsys, *flags, "--stem", "imagenet", match="stem imagenet was asked for")
+    (tmp_path / "e.pth").write_bytes(b"no weights")
+    refused(capsys, *flags, match="e.pth: truncated, not a checkpoint")
+    (tmp_path / "e.pth").unlink()
+    refused(capsys, *flags, "--out", tmp_path / "run", match="--init .*e.pth: no such file")
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_a_run_begun_from_weights_resumes(weights_of_another, tmp_path, capsys):
+    """Bit for bit, by its own checkpoint, also when the file has gone; not from another file."""
+    file = tmp_path / "begin.pth"
+    shutil.copy(weights_of_another / "last.pth", file)
+    whole = train_small(tmp_path / "whole", "--init", file)
+    assert whole[0]["loss"] != train_small(tmp_path / "plain", "--max-steps", 1)[0]["loss"]
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert header(tmp_path / "whole")["args"]["init_sha256"] == sha256
+    assert header(tmp_path / "whole")["args"]["init"] == str(file)
+    out = capsys.readouterr().out
+    assert f"/whole/encoder.pth, begun from {file} (sha256 {sha256})\n" in out
+
+    parts = tmp_path / "parts"
+    train_small(parts, "--init", file, "--max-steps", 3)
+    assert capsys.readouterr().err == ""
+    train_small(parts, "--init", file, "--max-steps", 5)
+    line = f"note: {parts}/last.pth goes on with its own weights; --init {file} is not loaded\n"
+    assert capsys.readouterr().err == line
+    flags = [*SMALL, "--out", parts]
+    refused(capsys, *flags, match=f"init_sha256 was {sha256}, is None")
+    refused(capsys, *SMALL, "--out", tmp_path / "plain", "--init", tmp_path / "gone.pth",
+            match="init_sha256 was None, is unknown")
+    file.rename(tmp_path / "gone.pth")
+    train_small(parts, "--init", file, "--max-steps", 7)
+    shutil.copy(weights_of_another / "encoder.pth", file)
+    capsys.readouterr()
+    refused(capsys, *flags, "--init", file, match=f"init_sha256 was {sha256}, is [0-9a-f]{{64}}")
+    (tmp_path / "gone.pth").rename(file)
+    train_small(parts, "--init", file)
+    assert same_log(parts, tmp_path / "whole") and same_encoder(parts, tmp_path / "whole")
+
+
+def test_init_in_the_name_of_the_directory(weights_of_another, tmp_path):
+    flags = ["--data", "shapes", "--seed", "3", "--init"]
+    file = weights_of_another / "encoder.pth"
+    name = f"runs/shapes_arch-thin_seed3_init-{weights_of_another.name}"
+    assert train.parse_args([*flags, str(file)]).out == name
+    shutil.copy(file, tmp_path / "r18.tar.pth")
+    assert train.parse_args([*flags, str(tmp_path / "r18.tar.pth")]).out == (
+        "runs/shapes_arch-thin_seed3_init-r18.tar")
+
+
+def test_init_of_a_model_of_another_shape(weights_of_another, tmp_path, capsys):
+    flags = [*SMALL, "--out", tmp_path, "--init", weights_of_another / "last.pth"]
+    refused(capsys, *flags, "--method", "byol", match="holds a model of --method care; give the")
+    refused(capsys, *flags, "--blocks", 2, "--hidden-dim", 32,
+            match="holds a model of --blocks 1 --hidden-dim 64; give the same")
+
+
+# --------------------------------------------------------------------------------------- --sync-bn
+def test_sync_bn_on_a_cpu_is_one_line(tmp_path, capsys):
+    """And counts when the run is resumed, since on GPUs it changes what is computed."""
+    train_small(tmp_path, "--sync-bn", "cnn", "--max-steps", 1)
+    assert capsys.readouterr().err == ("note: --sync-bn has no effect on a CPU or on one GPU: "
+                                       "nothing is synchronised there\n")
+    refused(capsys, *SMALL, "--out", tmp_path, match="sync_bn was cnn, is all")
+    refused(capsys, *SMALL, "--out", tmp_path, "--sync-bn", "head", match="invalid choice: 'head'")

@@ -40,7 +40,8 @@ def trained(tmp_path_factory):
     sha256 = sha256_of(open_encoder(out / "encoder.pth", None, None, seed=0))
     saved = {"head": "linear-bn", "classes": list("abcd"), "sha256": sha256}
     torch.save({**saved, "state": head.state_dict()}, out / "classifier.pth")
-    write_log(out, [{"step": 0, "knn": 60.0}, *training_lines(4), {"step": 40, "knn": 70.0}])
+    write_log(out, [{"step": 0, "knn": 60.0}, {"step": 0, "rankme": 90.0}, *training_lines(4),
+                    {"step": 40, "knn": 70.0}, {"step": 40, "rankme": 120.0}])
     with open(out / "log.jsonl", "a") as log:
         log.write('{"step": 50, "lo')  # as a killed run leaves it
     return out
@@ -351,14 +352,14 @@ def colours_in(figure, panel, run):
 
 
 def test_curves_of_two_runs(trained, tmp_path, texts):
-    """A panel a key, the steps whole numbers; the other run has no knn, loss_t, loss_att, std."""
+    """A panel a key, the steps whole numbers; the other run has but loss, loss_c and lr."""
     write_log(tmp_path / "byol", [{"step": 20, "lr": 0.1, "loss": 4.0, "loss_c": 4.0,
                                    "std_c": math.nan}])
     figure = draw("--curves", trained, tmp_path / "byol", "--out", tmp_path / "c.png")
-    assert figure.size == (PANEL, 12 + 2 * 20 + 4 * PANEL_HEIGHT // 2)
+    assert figure.size == (PANEL, 12 + 2 * 20 + 5 * PANEL_HEIGHT // 2)
     for panel, name in enumerate(visualize.CURVES):
-        assert colours_in(figure, (panel, 8), 0)[0] > 20
-        assert (colours_in(figure, (panel, 8), 1)[0] > 0) == (name in ("loss", "loss_c", "lr"))
+        assert colours_in(figure, (panel, 9), 0)[0] > 20
+        assert (colours_in(figure, (panel, 9), 1)[0] > 0) == (name in ("loss", "loss_c", "lr"))
     words = [text for _, _, _, text in texts]
     assert words[:2] == [str(trained), str(tmp_path / "byol")]
     titles = [word for word in words if word.split(":")[0] in visualize.CURVES]
@@ -383,19 +384,20 @@ def test_points_of_curves_lie_where_axes_say(tmp_path):
 def test_noisy_curves_are_running_means_over_faint_lines(tmp_path):
     lines = []
     for line in training_lines(200, noise=1.0):
-        lines += [line, {"step": line["step"], "knn": 50 + line["loss"]}]
+        lines += [line, {"step": line["step"], "knn": 50 + line["loss"]},
+                  {"step": line["step"], "rankme": 99.0}]
     write_log(tmp_path / "run", lines)
     figure = draw("--curves", tmp_path / "run", "--out", tmp_path / "c.png")
     names = list(visualize.CURVES)
     for name in ("loss", "loss_c"):
-        mean, faint = colours_in(figure, (names.index(name), 8), 0)
+        mean, faint = colours_in(figure, (names.index(name), 9), 0)
         assert mean > 300 and faint > 1000
     for name in ("knn", "lr"):  # as they are
-        mean, faint = colours_in(figure, (names.index(name), 8), 0)
+        mean, faint = colours_in(figure, (names.index(name), 9), 0)
         assert mean > 300 and faint == 0
     # The noise is drawn, faintly, all over the height that the mean leaves free.
-    raw, _ = colours_in(figure, (names.index("knn"), 8), 0)
-    assert raw > 5 * colours_in(figure, (names.index("loss"), 8), 0)[0]
+    raw, _ = colours_in(figure, (names.index("knn"), 9), 0)
+    assert raw > 5 * colours_in(figure, (names.index("loss"), 9), 0)[0]
 
 
 @pytest.mark.parametrize("last_step", [1, 7, 100000, 1000000])

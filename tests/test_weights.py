@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from care import Encoder, InputError
+from care import CARE, Encoder, InputError
 from common import weights
 from common.weights import load_encoder, load_released, released_key
 from conftest import Code
@@ -226,3 +226,87 @@ class ForgedType:
     def __reduce__(self):
         fields = {"f": (np.dtype("O"), 0)}
         return np.dtype, ("V8", False, True), (3, "|", None, ("f",), fields, 8, 1, 0)
+
+
+# ------------------------------------------------------------------------------------ a model begun
+def own_checkpoint(path, **settings):
+    """A last.pth as train.py writes it -> the model in it, and its settings."""
+    settings = {"arch": "thin", "image_size": [64, 64], "method": "care", "blocks": 2, "heads": 4,
+                "position": "relative", "tap": "conv4", "hidden_dim": 32} | settings
+    torch.manual_seed(7)
+    model = CARE(**settings)
+    for branch in (model.online, model.momentum):  # both have seen images, and differ
+        branch.encoder(torch.randn(4, 3, 64, 64))
+        branch.encoder.conv1.weight.data += torch.rand(())
+    torch.save({"model": model.state_dict(), "model_args": settings, "unreadable": [], "step": 3},
+               path)
+    return model, settings
+
+
+@pytest.mark.parametrize("position", ["relative", "absolute"])
+def test_start_from_a_whole_model(position, tmp_path):
+    """Predictors and the momentum branch too; for another size, tables are resized, and said."""
+    path = tmp_path / "last.pth"
+    model, settings = own_checkpoint(path, position=position)
+    fresh = CARE(**settings)
+    assert weights.start_from(fresh, path, settings) == []
+    assert all(map(torch.equal, fresh.state_dict().values(), model.state_dict().values()))
+
+    other = settings | {"image_size": [128, 96], "detach_trunk": True}
+    fresh = CARE(**other)
+    remark, = weights.start_from(fresh, path, other)
+    assert remark == (f"{path}: position tables resized from [64, 64] to [128, 96] px, linearly "
+                      "along each axis")
+    before = model.state_dict()
+    for key, value in fresh.state_dict().items():
+        if ".position." in key:
+            rows = np.linspace(0, 1, 2 * len(value) + 1)[1::2] * len(before[key]) - 0.5
+            wanted = [np.interp(rows, range(len(column)), column) for column in before[key].T]
+            np.testing.assert_allclose(value.T, wanted, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(value, before[key]), key
+
+
+def test_resized_tables_keep_their_middle():
+    """Offset 0 of a relative encoding stays where it is, whatever the two lengths."""
+    for before in (1, 3, 7, 13):
+        table = torch.arange(before)[:, None] * torch.ones(1, 4)
+        for after in (1, 3, 9, 27):
+            found = weights.resize_table(table, after)
+            assert found.shape == (after, 4)
+            torch.testing.assert_close(found[after // 2], table[before // 2])
+            torch.testing.assert_close(found, before - 1 - found.flip(0))
+
+
+def test_start_from_an_encoder(trunk, tmp_path):
+    """Both branches get it; heads and transformer stay; the rest of the file is named."""
+    path = tmp_path / "e.pth"
+    trunk = {key: value + 1 for key, value in trunk.items()}
+    torch.save(trunk | under("fc.", HEAD), path)
+    model = small()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert weights.start_from(model, path, {}) == [f"{path}: left out fc"]
+    for key, value in model.state_dict().items():
+        own = key.removeprefix("online.encoder.").removeprefix("momentum.encoder.")
+        wanted = before[key] if own == key else trunk[own].to(value.dtype)
+        assert torch.equal(value, wanted), key
+
+
+def test_start_from_refuses(tmp_path):
+    """A model of another shape, in the words of the flags; nothing is changed."""
+    path = tmp_path / "last.pth"
+    _, settings = own_checkpoint(path, blocks=1, hidden_dim=16)
+    other = settings | {"blocks": 3, "hidden_dim": 32, "method": "care"}
+    model = CARE(**other)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(InputError) as caught:
+        weights.start_from(model, path, other)
+    message = (": holds a model of --blocks 1 --hidden-dim 16; give the same, or the encoder.pth "
+               "beside it, to start from its encoder alone")
+    assert str(caught.value) == f"{path}{message}"
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    saved = torch.load(path, weights_only=True)
+    saved["model"]["predictor_t.3.bias"] *= math.inf
+    torch.save(saved, path)
+    with pytest.raises(InputError, match="not finite: predictor_t.3.bias"):
+        weights.start_from(CARE(**settings), path, settings)
