@@ -4,30 +4,41 @@
                                               a step, on synthetic crops
   python bench.py --data ./imagenet --workers 4
                                               the input pipeline alone
+  python bench.py --memory                    memory of a GPU, by encoder and
+                                              precision
 
 Takes train.py's flags (those on saving, logging, --init, kNN and RankMe have
 no effect; without --data nothing is read) and prints one line of JSON.
 Efficiency is the step's FLOP/s over those of a supervised step of the same
-encoder in the same process.
+encoder in the same process. --memory prints a table: what torch's allocator
+holds at most in a step with DDP; it also works on a GPU that does not exist
+(tests/pretended_gpu.py).
 """
 import json
+import math
 import statistics
 import sys
 import time
+from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from care import pool
 from common.data import Stream, open_images, stream_batches
-from common.ranks import fail, user_errors
-from common.run import Run, load_batches, memory_gib, new_parser, versions
+from common.ranks import fail, leave_ranks, parallelise, user_errors
+from common.run import Run, load_batches, memory_gib, new_parser, set_precision, versions
 from common.views import TwoViews, draw
 from train import add_arguments, fill_in, make_views, new_model, pretrain_step
 
 ROUNDS = 5  # of which the median counts
+PAIRS = 128  # a GPU's, of the paper's 1024 on 8
+ENCODERS = ("resnet50", "resnet101", "resnet152", "resnet50w2")  # of --memory
+CARDS = (16, 32, 80)  # GiB
+BESIDE = 1.5  # GiB that CUDA, NCCL and cuDNN take beside the allocator: an assumption
 
 
 def timed(step, synchronize):
@@ -46,6 +57,13 @@ def flops_of(step):
     return counter.get_total_flops()
 
 
+def synthetic(B, size, device):
+    """A batch of B pairs of crops as train.py's loop has it, on the device."""
+    crops = torch.randint(0, 256, (B, 2, 3, *size), dtype=torch.uint8, device=device)
+    drawn = torch.tensor([[draw(size, 1.0, 0.0), draw(size, 0.1, 0.2)] for _ in range(B)])
+    return (crops, drawn), None  # as collate gives it, without labels
+
+
 def bench_step(run, args):
     """The speed of a step on synthetic crops, by part, and of a supervised step, as a dict."""
     device = run.device
@@ -53,9 +71,7 @@ def bench_step(run, args):
     with user_errors():
         model, optimizer = new_model(args, device)
     B, size = args.batch_size, tuple(args.image_size)
-    crops = torch.randint(0, 256, (B, 2, 3, *size), dtype=torch.uint8, device=device)
-    drawn = torch.tensor([[draw(size, 1.0, 0.0), draw(size, 0.1, 0.2)] for _ in range(B)])
-    batch = ((crops, drawn), None, None)  # as collate gives it, without labels
+    batch = synthetic(B, size, device)
     marks = []  # (what begins, when)
 
     def mark(part):
@@ -123,6 +139,59 @@ def bench_step(run, args):
         "supervised tflop": supervised_flops / 1e12, "efficiency": speed / supervised_speed}
 
 
+def step_memory(run, args, pairs, accum_steps=1, limit=None):
+    """GiB that a step of so many pairs takes at most; infinite if it takes more than `limit`."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(run.device).total_memory / 2 ** 30
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (limit or total) / total))
+    torch.cuda.reset_peak_memory_stats(run.device)
+    views_of = partial(make_views, device=run.device, mode="device")
+    try:
+        model, optimizer = new_model(args, run.device)
+        parallel = parallelise(model, run.device)
+        batches = [synthetic(pairs // accum_steps, tuple(args.image_size), run.device)
+                   for _ in range(accum_steps)]
+        for _ in range(2):  # the first makes the optimiser's momentum
+            pretrain_step(parallel, optimizer, run, batches, views_of, lr=1e-4, tau=0.99)
+    except torch.OutOfMemoryError:
+        return math.inf
+    return memory_gib(run.device)
+
+
+def largest_batch(run, args, card, guess):
+    """How many pairs, a multiple of 8, fit on a card of so many GiB. guess: where to look first."""
+    def fits(eights):
+        return step_memory(run, args, 8 * eights, limit=card - BESIDE) < math.inf
+
+    eights = max(1, guess // 8)
+    while eights and not fits(eights):
+        eights -= 1
+    while fits(eights + 1):
+        eights += 1
+    return 8 * eights
+
+
+def bench_memory(run, args):
+    """Print a row of a Markdown table for each encoder and precision."""
+    if run.device.type != "cuda":
+        fail("--memory needs a GPU, or tests/pretended_gpu.py")
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    columns = ["encoder", "precision", f"{PAIRS} pairs", f"2 x {PAIRS // 2}", f"{2 * PAIRS} pairs",
+               *(f"pairs in {card} GiB" for card in CARDS)]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for args.arch in ENCODERS:
+        for args.precision in ("bf16", "fp16", "fp32"):
+            run.autocast, run.scaler = set_precision(args, run.device)
+            one, halves, two = (step_memory(run, args, pairs, accum_steps) for pairs, accum_steps
+                                in ((PAIRS, 1), (PAIRS, 2), (2 * PAIRS, 1)))
+            a_pair = (two - one) / PAIRS
+            most = [largest_batch(run, args, card, int((card - BESIDE - one) / a_pair) + PAIRS)
+                    for card in CARDS]
+            print(f"| {args.arch} | {args.precision} | {one:.1f} | {halves:.1f} | {two:.1f} | "
+                  f"{' | '.join(map(str, most))} |", flush=True)
+    leave_ranks()
+
+
 def bench_data(run, args):
     """Pairs per second and worker that the input pipeline delivers, by --augment, as a dict."""
     with user_errors():
@@ -147,12 +216,17 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = new_parser(__doc__)
     add_arguments(parser)
+    parser.add_argument("--memory", action="store_true",
+        help="print the memory of a step instead, in GiB, for several encoders and precisions")
     args = fill_in(parser.parse_args(argv))
     args.out = None  # no directory
     loading = any(flag.partition("=")[0] == "--data" for flag in argv)
     with Run(args, ()) as run:
         if run.world > 1:
             fail("bench.py measures one process: run it without torchrun")
+        if args.memory:
+            bench_memory(run, args)
+            return
         print(json.dumps(bench_data(run, args) if loading else bench_step(run, args)))
 
 
