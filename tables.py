@@ -252,17 +252,18 @@ def run_jobs(args, encoder, seed, scores):
     """One encoder of one seed, pretrained once, and its scores, each a line of the results."""
     threads = None if torch.cuda.is_available() else max(1, os.cpu_count() // args.jobs)
     before, _ = commands(args, encoder, scores[0], seed)
-    began = time.time()
+    began = time.monotonic()
     for command in before:
         check_finished(start(command, threads), ": encoder in ", command)
-    pretraining = time.time() - began
+    pretraining = time.monotonic() - began
     for score in scores:
-        began = time.time()
+        began = time.monotonic()
         _, command = commands(args, encoder, score, seed)
         lines = start(command, threads)
         check_finished(lines[-1:], '{"', command)
         line = {"encoder": encoder, "seed": seed, "score": score, "result": json.loads(lines[-1]),
-                "seconds": round(time.time() - began), "pretraining_seconds": round(pretraining),
+                "seconds": round(time.monotonic() - began),
+                "pretraining_seconds": round(pretraining),
                 "commands": ["python " + " ".join(one) for one in [*before, command]],
                 "settings": settings_of(args, encoder, score), "machine": machine(args.jobs)}
         with open(args.results, "a") as file:  # one write: lines of several threads do not mix
