@@ -678,9 +678,9 @@ def run_job(args, job, before):
 
     RuntimeError if it fails, or ends early, as it does on a signal, with exit code 0.
     """
-    began = time.time()
+    began = time.monotonic()
     lines = start(args, job.words)
-    seconds = round(time.time() - began)
+    seconds = round(time.monotonic() - began)
     if job.score == "pretraining":
         ended = any(": encoder in " in line or ": as --max-steps says" in line for line in lines)
     elif job.score == "photos":

@@ -168,7 +168,7 @@ class Run:
         args.precision. Exit code 2 for what does not work on this machine.
         """
         self.args, self.free, self.out = args, free, args.out
-        self.step = self.saved = 0
+        self.step, self.saved, self.bar = 0, 0, None
         self.rank, self.world, self.device, cores = join_ranks()
         self.signals = catch_signals()
         if args.workers is None:
@@ -189,6 +189,8 @@ class Run:
         if error is None or not out_of_memory(error):
             return
         traceback.clear_frames(trace)  # and what the step had allocated
+        if self.bar is not None:
+            self.bar.close()
         smaller = "a smaller --batch-size"
         if hasattr(self.args, "accum_steps"):
             smaller += " or more --accum-steps"
@@ -201,15 +203,15 @@ class Run:
 
     def keep_last_step(self):
         """Save what is done, on rank 0, in the midst of a step that failed -> what is kept."""
-        model = self.parts["model"]
-        model.zero_grad(set_to_none=True)
-        finite = all(value.isfinite() for value in self.meters.values()) and is_finite(model)
-        if self.rank == 0 and self.step > self.saved and finite:
-            for buffers, before in self.buffers:
-                torch._foreach_copy_(buffers, before)
+        if self.rank == 0 and self.step > self.saved:
+            model = self.parts["model"]
+            model.zero_grad(set_to_none=True)
             try:
-                self.write_checkpoint("last")
-                self.saved = self.step
+                for buffers, before in self.buffers:
+                    torch._foreach_copy_(buffers, before)
+                if is_finite(model) and all(map(torch.isfinite, self.meters.values())):
+                    self.write_checkpoint("last")
+                    self.saved = self.step
             except Exception as error:
                 if not isinstance(error, OSError) and not out_of_memory(error):
                     raise
@@ -292,6 +294,7 @@ class Run:
                 break
             for *_, bad in batches:
                 self.unreadable.note(bad)
+            # as they are before a step: one that fails has moved them already
             for buffers, before in self.buffers:
                 torch._foreach_copy_(before, buffers)  # one launch for all of a type
             yield step, [batch[:-1] for batch in batches]
