@@ -37,11 +37,11 @@ from torch import nn
 from tqdm import tqdm
 
 from care import ARCHS, CARE, STEMS, TAPS, InputError, pool
-from common.data import ImageFiles, open_images, read_image
+from common.data import ImageFiles, describe, open_images, read_image
 from common.draw import (LEFT, LEGEND, PANEL, PANEL_HEIGHT, RUN_COLOURS, draw_panel, draw_row,
                          printable)
 from common.ranks import fail, user_errors
-from common.run import (as_bytes, count, fraction, natural, new_parser, read_lines,
+from common.run import (as_bytes, count, fraction, given, natural, new_parser, read_lines,
                         write_whole)
 from common.views import imagenet_normalize
 from common.weights import (check_state, checkpoint_file, load_checkpoint, open_encoder,
@@ -68,7 +68,7 @@ def parse_args(argv=None):
     add("--arch", choices=ARCHS, help="read off the file unless given (random: default resnet50)")
     add("--stem", choices=STEMS, help="read off the file unless given (random: imagenet)")
     add("--seed", type=natural, default=0, help="initial weights of random (default 0)")
-    add("--images", nargs="+", default=["shapes"], metavar="DIR|FILE|shapes|clutter",
+    add("--images", type=given, nargs="+", default=["shapes"], metavar="DIR|FILE|shapes|clutter",
         help="photos, or the val images of a rendered set (default shapes)")
     add("--limit", type=count, metavar="N",
         help="draw the first N (default 16; 5 of a rendered set)")
@@ -78,7 +78,7 @@ def parse_args(argv=None):
     add("--layer", choices=TAPS, default="conv5", help="feature map A (default conv5)")
     add("--target", choices=("similarity", "class"), default="similarity",
         help="score s (default similarity)")
-    add("--classifier", nargs="+", default=[], metavar="FILE",
+    add("--classifier", type=given, nargs="+", default=[], metavar="FILE",
         help="classifier.pth of linear_eval.py, one per encoder")
     add("--class", "--label", dest="label", type=natural, metavar="N",
         help="default: the predicted")
@@ -87,8 +87,9 @@ def parse_args(argv=None):
         help="whose attention is drawn, as parts of height and width (default the centre)")
     add("--samples", type=natural, default=500, metavar="N",
         help="images of a rendered set that are scored; 0: none (default 500)")
-    add("--curves", nargs="+", metavar="RUN", help="instead: draw log.jsonl of run directories")
-    add("--out", metavar="PNG",
+    add("--curves", type=given, nargs="+", metavar="RUN",
+        help="instead: draw log.jsonl of run directories")
+    add("--out", type=given, metavar="PNG",
         help="default attention.png or curves.png; scores go beside it, as .jsonl")
     args = parser.parse_args(argv)
     args.out = Path(args.out or ("curves.png" if args.curves else "attention.png"))
@@ -164,6 +165,8 @@ def find_images(args, source):
     for path in args.images:
         if source is None and Path(path).is_dir():
             photos = ImageFiles(path)
+            if photos.passed_over:
+                print(f"note: {describe(photos)}", file=sys.stderr)
             files += [photos.path(index) for index in range(len(photos))]
         else:
             files.append(path)
@@ -273,7 +276,7 @@ def score(args, source, encoders):
             heat = F.interpolate(heat[None], mask.shape, mode="bilinear")[0, 0]  # (height, width)
             sums[number] += measure(heat.double().cpu().numpy(), mask)
     settings = ("image_size", "layer", "target", "label", "samples", "seed")
-    protocol = {"data": args.rendered, "precision": "fp32"}
+    protocol = {"data": args.rendered, "data_digest": source.digest, "precision": "fp32"}
     protocol |= {name: getattr(args, name) for name in settings}
     results = []
     for one, total in zip(encoders, sums):

@@ -83,3 +83,23 @@ def test_a_users_own_modules_change_nothing(tmp_path):
                             env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert result.returncode == 0, result.stderr
     assert [line["step"] for line in steps(tmp_path / "out")] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["train", "bench", "linear_eval", "semi_eval", "detect_eval",
+                                  "visualize"])
+def test_no_argument_is_empty(name, capsys):
+    """As a variable that is not set leaves it: files would go to / or to the current directory."""
+    parser = parser_of(importlib.import_module(name))
+    script, required = SimpleNamespace(main=parser.parse_args), []
+    for action in parser._actions:
+        if action.required:
+            required += [action.option_strings[-1], "1" if takes_numbers(action) else "random"]
+    texts = [action for action in parser._actions
+             if action.option_strings and action.nargs != 0 and not takes_numbers(action)]
+    assert len(texts) >= 3
+    for action in texts:
+        flag = action.option_strings[-1]
+        for value in ("", " "):
+            values = [value] * (action.nargs if isinstance(action.nargs, int) else 1)
+            line = refused(capsys, *required, flag, *values, script=script)
+            assert f"{flag}: " in line or f"/{flag}: " in line, line
