@@ -38,7 +38,7 @@ from common.boxes import (as_tensors, collate, digest_with_boxes, grouped_batche
 from common.data import Stream
 from common.ranks import (fail, gather, note, parallelise, same_on_all_ranks,
                           take_buffers_of_rank_0, user_errors)
-from common.run import (Run, add_run_arguments, checked, count, given, new_parser, positive,
+from common.run import (Run, add_run_arguments, checked, count, new_parser, not_empty, positive,
                         versions, write_whole)
 from common.views import IMAGENET_MEAN, IMAGENET_STD
 from common.weights import checkpoint_file, open_encoder, sha256_of
@@ -64,10 +64,10 @@ def parse_args(argv=None):
         help="encoder.pth, last.pth, the authors' checkpoint, a torchvision or MoCo state dict; "
              "random: an untrained one")
     add("--arch", choices=ARCHS, help="read off the file unless given (random: default resnet50)")
-    add("--data", type=given, metavar="PATH|shapes",
+    add("--data", type=not_empty, metavar="PATH|shapes",
         help="folder with VOCdevkit/, or annotations/, train2017/, val2017/ (default ./voc, "
              "./coco), or embedded scenes; shapes:N has N training images")
-    add("--export-detectron2", type=given, metavar="OUT.pkl",
+    add("--export-detectron2", type=not_empty, metavar="OUT.pkl",
         help="only write the encoder for Detectron2")
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=PROTOCOLS, default="voc-c4", help="see above (default voc-c4)")

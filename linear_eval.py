@@ -26,7 +26,7 @@ from common.data import (NAMED_SETS, ImageFiles, Stream, describe, digest_of, op
 from common.knn import TEMPERATURE, count_correct, knn
 from common.ranks import (fail, note, parallelise, same_on_all_ranks, take_buffers_of_rank_0,
                           user_errors)
-from common.run import (Run, add_data_arguments, add_run_arguments, count, given, new_parser,
+from common.run import (Run, add_data_arguments, add_run_arguments, count, new_parser, not_empty,
                         positive, use_recipe, versions)
 from common.views import centre_crop, crop_and_flip, to_input
 from common.weights import check_state, checkpoint_file, load_checkpoint, open_encoder, sha256_of
@@ -50,7 +50,7 @@ def add_evaluation_arguments(parser):
         help="default: read off the file (random: by --data). A 3x3 stem is taken as padded by 1; "
              "of one trained with padding 2, which no file tells, the features are wrong")
     add_data_arguments(add)
-    add("--val", type=given, metavar="DIR",
+    add("--val", type=not_empty, metavar="DIR",
         help="score this set: a folder a class, by name or, as in ImageNet-V2, by number "
              "(default: val of --data)")
     add_run_arguments(parser.add_argument_group("running").add_argument)
@@ -73,7 +73,7 @@ def parse_args(argv=None):
         help="learning rate per 256 images of a batch (default 0.2)")
     add = protocol.add_mutually_exclusive_group().add_argument
     add("--knn", action="store_true", help="weighted kNN, k = 20 and 200, instead of training")
-    add("--evaluate", type=given, nargs="?", const=True, metavar="FILE",
+    add("--evaluate", type=not_empty, nargs="?", const=True, metavar="FILE",
         help="score this classifier.pth (default: that in --out) instead of training")
     args = parser.parse_args(argv)
     use_recipe(args, ("labels", "head", "image_size"))

@@ -23,7 +23,7 @@ from torch.utils.data import Subset
 from care import InputError, pool
 from common.data import labels_of, one_form, shown, split_by_class
 from common.ranks import fail, user_errors
-from common.run import (Diverged, Run, count, given, new_parser, positive, use_recipe,
+from common.run import (Diverged, Run, count, new_parser, not_empty, positive, use_recipe,
                         write_whole)
 from linear_eval import (FREE, add_evaluation_arguments, evaluate, finish, finish_arguments, fit,
                          new_head, open_frozen, open_sets)
@@ -37,7 +37,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("protocol").add_argument
     add("--percent", type=int, choices=(1, 10, 100), required=True,
         help="share of the training labels")
-    add("--subset", type=given, metavar="FILE",
+    add("--subset", type=not_empty, metavar="FILE",
         help="list of images, a line each: file names, as in SimCLR's lists, or class/file "
              "(default: drawn from every class, by the seed)")
     add("--epochs", type=count, nargs="+", default=[50],

@@ -41,7 +41,7 @@ from common.data import ImageFiles, describe, open_images, read_image
 from common.draw import (LEFT, LEGEND, PANEL, PANEL_HEIGHT, RUN_COLOURS, draw_panel, draw_row,
                          printable)
 from common.ranks import fail, user_errors
-from common.run import (as_bytes, count, fraction, given, natural, new_parser, read_lines,
+from common.run import (as_bytes, count, fraction, natural, new_parser, not_empty, read_lines,
                         write_whole)
 from common.views import imagenet_normalize
 from common.weights import (check_state, checkpoint_file, load_checkpoint, open_encoder,
@@ -68,7 +68,8 @@ def parse_args(argv=None):
     add("--arch", choices=ARCHS, help="read off the file unless given (random: default resnet50)")
     add("--stem", choices=STEMS, help="read off the file unless given (random: imagenet)")
     add("--seed", type=natural, default=0, help="initial weights of random (default 0)")
-    add("--images", type=given, nargs="+", default=["shapes"], metavar="DIR|FILE|shapes|clutter",
+    add("--images", type=not_empty, nargs="+", default=["shapes"],
+        metavar="DIR|FILE|shapes|clutter",
         help="photos, or the val images of a rendered set (default shapes)")
     add("--limit", type=count, metavar="N",
         help="draw the first N (default 16; 5 of a rendered set)")
@@ -78,7 +79,7 @@ def parse_args(argv=None):
     add("--layer", choices=TAPS, default="conv5", help="feature map A (default conv5)")
     add("--target", choices=("similarity", "class"), default="similarity",
         help="score s (default similarity)")
-    add("--classifier", type=given, nargs="+", default=[], metavar="FILE",
+    add("--classifier", type=not_empty, nargs="+", default=[], metavar="FILE",
         help="classifier.pth of linear_eval.py, one per encoder")
     add("--class", "--label", dest="label", type=natural, metavar="N",
         help="default: the predicted")
@@ -87,9 +88,9 @@ def parse_args(argv=None):
         help="whose attention is drawn, as parts of height and width (default the centre)")
     add("--samples", type=natural, default=500, metavar="N",
         help="images of a rendered set that are scored; 0: none (default 500)")
-    add("--curves", type=given, nargs="+", metavar="RUN",
+    add("--curves", type=not_empty, nargs="+", metavar="RUN",
         help="instead: draw log.jsonl of run directories")
-    add("--out", type=given, metavar="PNG",
+    add("--out", type=not_empty, metavar="PNG",
         help="default attention.png or curves.png; scores go beside it, as .jsonl")
     args = parser.parse_args(argv)
     args.out = Path(args.out or ("curves.png" if args.curves else "attention.png"))

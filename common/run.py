@@ -70,7 +70,7 @@ def checked(kind, wanted, fits):
     return parse
 
 
-def given(text):
+def not_empty(text):
     """A type= of argparse: any text except an empty one."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty: is a variable not set?")
@@ -86,10 +86,10 @@ fraction = checked(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 def add_data_arguments(add):
     """--data, --data-root, --image-size: for every script that reads images."""
-    add("--data", type=given, default="imagenet", metavar="PATH|NAME",
+    add("--data", type=not_empty, default="imagenet", metavar="PATH|NAME",
         help="folder with train/ and val/ (to pretrain: any folder of images), or one of "
              f"{', '.join(NAMED_SETS)}; shapes:N, clutter:N: of N images (default ./imagenet)")
-    add("--data-root", type=given, default="data", metavar="DIR",
+    add("--data-root", type=not_empty, default="data", metavar="DIR",
         help="where cifar10, stl10 and imagenette are downloaded to (default ./data)")
     add("--image-size", type=count, nargs="+", metavar="PX",
         help="height, width: multiples of 32, of 8 with a cifar stem (default: by --data)")
@@ -108,7 +108,8 @@ def add_run_arguments(add):
         help="between log lines (default 10)")
     add("--max-steps", type=count, metavar="N",
         help="stop with a checkpoint after step N; schedules stay those of the whole run")
-    add("--out", type=given, help="run directory (default: under runs/); a run in it is resumed")
+    add("--out", type=not_empty,
+        help="run directory (default: under runs/); a run in it is resumed")
 
 
 def use_recipe(args, names):
