@@ -39,11 +39,13 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.ops import MultiScaleRoIAlign, box_convert, roi_align
 
 from care import ARCHS, InputError
-from common.boxes import as_tensors, collate, grouped_batches, open_sources
+from common.boxes import (as_tensors, collate, digest_with_boxes, grouped_batches,
+                          open_sources)
 from common.data import Stream
-from common.ranks import fail, gather, note, parallelise, take_buffers_of_rank_0, user_errors
-from common.run import (Run, add_run_arguments, checked, count, new_parser, positive, versions,
-                        write_whole)
+from common.ranks import (fail, gather, note, parallelise, same_on_all_ranks,
+                          take_buffers_of_rank_0, user_errors)
+from common.run import (Run, add_run_arguments, checked, count, new_parser, not_empty, positive,
+                        versions, write_whole)
 from common.views import IMAGENET_MEAN, IMAGENET_STD
 from common.weights import checkpoint_file, open_encoder, sha256_of
 
@@ -55,7 +57,7 @@ MAX_SIZE = 1333  # of the longer side, in pixels
 PROTOCOL_VERSION = 2  # raised when a resumed run would train in another way than before
 # What may differ when a run is resumed (the encoder's sha256 counts, not its path), and what an
 # argument was before it existed.
-FREE = ("workers", "out", "save_every", "log_every", "max_steps", "pretrained")
+FREE = ("workers", "out", "save_every", "log_every", "max_steps", "pretrained", "val_digest")
 DEFAULTS = {"protocol_version": 1}
 
 
@@ -68,10 +70,11 @@ def parse_args(argv=None):
         help="encoder: a file of train.py, the authors, torchvision, MoCo, ...; or random weights")
     add("--arch", choices=ARCHS, metavar="ARCH",
         help=f"encoder: {', '.join(ARCHS)} (default: read off the file; random: resnet50)")
-    add("--data", metavar="PATH|shapes",
+    add("--data", type=not_empty, metavar="PATH|shapes",
         help="folder with VOCdevkit/, or annotations/, train2017/, val2017/ (default ./voc, "
              "./coco), or embedded scenes; shapes:N has N training images")
-    add("--export-detectron2", metavar="OUT.pkl", help="only write the encoder for Detectron2")
+    add("--export-detectron2", type=not_empty, metavar="OUT.pkl",
+        help="only write the encoder for Detectron2")
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=PROTOCOLS, default="voc-c4",
         help="what is trained and scored, as said above (default voc-c4)")
@@ -455,13 +458,19 @@ def train_step(parallel, optimizer, run, images, targets, lr):
 
 # ------------------------------------------------------------------------------------------- main
 def open_all(run, args):
-    """The encoder, the images to train on and those to score. Fills in arch, sha256, images."""
+    """The encoder, the images to train on and those to score.
+
+    Fills in arch, sha256, images, data_digest, val_digest.
+    """
     with user_errors():
         encoder = open_encoder(args.pretrained, args.arch, "imagenet", args.seed)
         source, val = open_sources(args.data, args.protocol)
         if args.batch_size % run.world or len(source) < args.batch_size:
             raise InputError(f"--batch-size {args.batch_size}: must be a multiple of {run.world} "
                              f"ranks and at most {len(source)}, the number of training images")
+        args.data_digest = digest_with_boxes(source, args.data, "train")
+        args.val_digest = digest_with_boxes(val, args.data, "val")
+    same_on_all_ranks(val_digest=args.val_digest)
     if encoder.left_out:
         note(f"{args.pretrained}: left out {', '.join(encoder.left_out)}")
     args.arch, args.sha256, args.images = encoder.arch, sha256_of(encoder), len(source)

@@ -26,12 +26,13 @@ from torch.utils.data import Subset
 from torchvision import transforms
 
 from care import ARCHS, InputError, pool
-from common.data import (NAMED_SETS, ImageFiles, Stream, describe, labels_of, names_of, open_images,
-                         open_labelled, recipe_of)
+from common.data import (NAMED_SETS, ImageFiles, Stream, describe, digest_of, labels_of, names_of,
+                         open_images, open_labelled, recipe_of, relabel, shown)
 from common.knn import TEMPERATURE, count_correct, features_on_rank_0, knn
-from common.ranks import fail, note, parallelise, take_buffers_of_rank_0, user_errors
-from common.run import (Run, add_data_arguments, add_run_arguments, count, new_parser, positive,
-                        use_recipe, versions, whole_file)
+from common.ranks import (fail, note, parallelise, same_on_all_ranks, take_buffers_of_rank_0,
+                          user_errors)
+from common.run import (Run, add_data_arguments, add_run_arguments, count, new_parser, not_empty,
+                        positive, use_recipe, versions, whole_file)
 from common.views import centre_crop, crop_and_flip, to_input
 from common.weights import check_state, checkpoint_file, load_checkpoint, open_encoder, sha256_of
 
@@ -40,7 +41,7 @@ PROTOCOL_VERSION = 4
 DEFAULTS = {"protocol_version": 1, "sync_bn": "all"}  # of checkpoints that lack it
 # What may differ on resume. An encoder is known by the sha256 of its tensors, not by its path.
 FREE = ("data_root", "workers", "out", "log_every", "max_steps", "pretrained", "evaluate", "val",
-        "export")
+        "val_digest", "export")
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -55,7 +56,7 @@ def add_evaluation_arguments(parser):
         help="default: read off the file (random: by --data). A 3x3 stem is taken as padded by 1; "
              "of one trained with padding 2, which no file tells, the features are wrong")
     add_data_arguments(add)
-    add("--val", metavar="DIR",
+    add("--val", type=not_empty, metavar="DIR",
         help="score this set: a folder a class, by name or, as in ImageNet-V2, by number "
              "(default: val of --data)")
     add = parser.add_argument_group("running").add_argument
@@ -87,7 +88,7 @@ def parse_args(argv=None):
              "names: arrays train_features, train_labels, train_names, val_features, ...")
     add = protocol.add_mutually_exclusive_group().add_argument
     add("--knn", action="store_true", help="weighted kNN, k = 20 and 200, instead of training")
-    add("--evaluate", nargs="?", const="", metavar="FILE",
+    add("--evaluate", type=not_empty, nargs="?", const=True, metavar="FILE",
         help="score this classifier.pth (default: that in --out) instead of training")
     args = parser.parse_args(argv)
     use_recipe(args, ("labels", "head", "image_size"))
@@ -138,7 +139,10 @@ def open_frozen(run, args):
 
 
 def open_sets(run, args, labels=None):
-    """Images to train on and to score -> train, val; prints which. Fills in args.images."""
+    """Images to train on and to score -> train, val; prints which.
+
+    Fills in args: images, data_digest, val_digest.
+    """
     with user_errors():
         if run.rank == 0 and args.data.partition(":")[0] in NAMED_SETS:  # one rank downloads
             open_images(args.data, "train", args.data_root, download=True)
@@ -147,7 +151,9 @@ def open_sets(run, args, labels=None):
         if args.val:
             val = open_val(args.val, list(val.classes))
         args.images = len(train)
+        args.data_digest, args.val_digest = digest_of(train), digest_of(val)
     run.same_arguments()
+    same_on_all_ranks(val_digest=args.val_digest)
     if run.rank == 0:
         whole = train.dataset if isinstance(train, Subset) else train
         print(f"{len(train)} labels of {describe(whole)}, scored on {describe(val)}")
@@ -157,16 +163,34 @@ def open_sets(run, args, labels=None):
 def open_val(folder, classes):
     """The images of a folder with one folder a class: its name, or its number in `classes`."""
     source = ImageFiles(folder, labelled=True)
-    number = {name: number for number, name in enumerate(classes)}
-    if set(source.classes) != set(classes) and "0" in source.classes:
-        number = {str(number): number for number in range(len(classes))}
-    differ = sorted(set(source.classes) ^ set(number))
-    if differ:
+    differ = relabel(source, classes)
+    numbered = numbered_folders(source.classes, classes) if differ else {}
+    if numbered:
+        relabel(source, classes, [numbered[name] for name in classes])
+        pairs = [f"{numbered[name]} is {shown(name)}"
+                 for name in sorted(classes, key=lambda name: int(numbered[name]))]
+        note(f"--val {folder}: by number: {', '.join(pairs[:2])}, ..., {pairs[-1]}")
+    elif differ:
         raise InputError(f"--val {folder}: its folders differ from the {len(classes)} classes in "
-                         f"{len(differ)} names, first {', '.join(differ[:3])}")
-    source.targets = np.array([number[name] for name in source.classes])[source.targets]
-    source.classes = list(classes)
+                         f"{len(differ)} names, first {', '.join(map(shown, differ[:3]))}")
     return source
+
+
+def numbered_folders(folders, classes):
+    """The folder of each class, by name, where folders are numbers; {} where they do not fit.
+
+    A class that is a number has the folder of its value or, if not all have one, like any other the
+    folder of its place, from 0: in the order of the numbers, of other names in the alphabet's.
+    """
+    folder_of = {int(name): name for name in folders if name.isdecimal()}
+    own = [int(name) for name in classes if name.isdecimal()]
+    if len(set(own)) < len(classes):
+        own = list(range(len(classes)))
+    place = {number: place for place, number in enumerate(sorted(own))}
+    for numbers in (own, [place[number] for number in own]):
+        if len(folder_of) == len(folders) and set(numbers) == set(folder_of):
+            return {name: folder_of[number] for name, number in zip(classes, numbers)}
+    return {}
 
 
 # ------------------------------------------------------------------------------------------ scoring
@@ -217,7 +241,8 @@ def stop(run, message="stopped while scoring; the same command goes on"):
 
 def finish(run, args, scores):
     """Print the scores and all that they came from as a JSON line, the log's last line too."""
-    names = ("sha256", "arch", "stem", "image_size", "seed", "precision", "protocol_version")
+    names = ("data_digest", "val_digest", "sha256", "arch", "stem", "image_size", "seed",
+             "precision", "protocol_version")
     protocol = {name: getattr(args, name) for name in names} | versions(run.world, run.device)
     result = {"encoder": args.pretrained, "data": args.data, "val": args.val} | protocol | scores
     run.log(result | {"args": vars(args)})
@@ -312,7 +337,7 @@ def train_classifier(run, args, encoder, train, val):
              code=1)
     trained = {"protocol": "linear", "head": args.head, "lr": args.lr, "epochs": args.epochs,
                "batch_size": args.batch_size, "sync_bn": args.sync_bn, "labels": len(train),
-               "seed": args.seed}
+               "seed": args.seed, "data_digest": args.data_digest}
     run.write("classifier.pth", {"head": args.head, "classes": list(val.classes),
                                  "sha256": args.sha256, "trained": trained,
                                  "state": head.state_dict()})
@@ -321,19 +346,20 @@ def train_classifier(run, args, encoder, train, val):
 
 def score_classifier(run, args, encoder, val):
     """The classifier of --evaluate, scored on val -> the final line's fields."""
-    path = args.evaluate or f"{args.out}/classifier.pth"
+    path = f"{args.out}/classifier.pth" if args.evaluate is True else args.evaluate
     with user_errors():
         saved = load_checkpoint(path)
         if not isinstance(saved, dict) or saved.get("sha256") != args.sha256:
             raise InputError(f"{path}: not a classifier that was trained on {args.pretrained}")
-        if saved["classes"] != list(val.classes):
+        if relabel(val, saved["classes"]):
             raise InputError(f"{path}: trained for other classes than those of {args.data}")
         head = new_head(saved["head"], encoder.dim5, len(val.classes))
         check_state(path, saved["state"], head.state_dict())
         head.load_state_dict(saved["state"])
     model = Probe(encoder, head).to(run.device)
     top1, top5 = evaluate(run, args, model, val)
-    return {"top1": top1, "top5": top5, **saved["trained"], "classifier": path}
+    trained = {"data_digest": None} | saved["trained"]  # older ones do not say
+    return {"top1": top1, "top5": top5, **trained, "classifier": path}
 
 
 def score_encoder(run, args):

@@ -25,9 +25,10 @@ from torch import nn
 from torch.utils.data import Subset
 
 from care import InputError, pool
-from common.data import labels_of, names_of, split_by_class
+from common.data import labels_of, names_of, one_form, shown, split_by_class
 from common.ranks import fail, user_errors
-from common.run import Diverged, Run, count, new_parser, positive, use_recipe, write_whole
+from common.run import (Diverged, Run, count, new_parser, not_empty, positive, use_recipe,
+                        write_whole)
 from linear_eval import (FREE, add_evaluation_arguments, evaluate, finish, finish_arguments, fit,
                          new_head, open_frozen, open_sets)
 
@@ -40,7 +41,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("protocol").add_argument
     add("--percent", type=int, choices=(1, 10, 100), required=True,
         help="share of the training labels, Table 3")
-    add("--subset", metavar="FILE",
+    add("--subset", type=not_empty, metavar="FILE",
         help="list of images, a line each: file names, as in SimCLR's lists, or class/file "
              "(default: drawn from every class, by the seed)")
     add("--epochs", type=count, nargs="+", default=[50],
@@ -56,11 +57,15 @@ def parse_args(argv=None):
 
 
 # ------------------------------------------------------------------------------------------- subset
-def short_names(name, kind):
-    """Shorter names that a list may use for the image class/folders/file of the class `kind`."""
+def other_names(name, kind):
+    """Other names that a list may use for the image class/folders/file of the class `kind`.
+
+    Shorter ones, and its own; in one of Unicode's forms.
+    """
+    name, kind = one_form(name), one_form(kind)
     below = name.removeprefix(f"{kind}/")
     file = Path(name).name
-    return {below, file, f"{kind}/{file}", f"{kind}_{file}"}
+    return {name, below, file, f"{kind}/{file}", f"{kind}_{file}"}
 
 
 def read_subset(path, source):
@@ -73,14 +78,14 @@ def read_subset(path, source):
     text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape")
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     wanted = [line for line in lines if line]
-    exact, short = {}, {}
+    exact, others = {}, {}
     for index, (name, label) in enumerate(zip(names_of(source), labels_of(source).tolist())):
         exact[name] = index
-        for other in short_names(name, source.classes[label]):
-            short.setdefault(other, []).append(index)
+        for other in other_names(name, source.classes[label]):
+            others.setdefault(other, []).append(index)
     indices, unknown = set(), []
     for name in wanted:
-        found = [exact[name]] if name in exact else short.get(name, [])
+        found = [exact[name]] if name in exact else others.get(one_form(name), [])
         if len(found) > 1:
             raise InputError(f"{path}: {shown(name)} is the name of {len(found)} images; give "
                              "class/file for each")
@@ -101,11 +106,6 @@ def check_share(indices, source, percent, path):
                          f"of {len(source)}), where --percent says {percent}")
 
 
-def shown(name):
-    """A name as text that can be printed; bytes that are no UTF-8 as escapes."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
 def draw_subset(source, percent, seed):
     """Indices of `percent` of every class, rounded, drawn by the seed; InputError if of none."""
     indices, _ = split_by_class(labels_of(source), lambda n: round(n * percent / 100), seed)
@@ -116,7 +116,7 @@ def check_classes(indices, source, what):
     """The indices; InputError unless every class is among them."""
     empty = set(range(len(source.classes))) - set(labels_of(source)[indices].tolist())
     if empty:
-        first = source.classes[min(empty)]
+        first = shown(source.classes[min(empty)])
         raise InputError(f"{what}: no image for {len(empty)} classes, first {first}")
     return indices
 
@@ -187,10 +187,6 @@ def score_encoder(run, args):
             check_share(indices, train, args.percent, args.subset)
         else:
             indices = draw_subset(train, args.percent, args.seed)
-        if run.rank == 0:
-            names = names_of(train)
-            lines = "".join(f"{names[index]}\n" for index in indices)
-            write_whole(f"{args.out}/subset.txt", lines.encode("utf-8", "surrogateescape"))
     args.subset_sha256 = hashlib.sha256(indices.tobytes()).hexdigest()
 
     grid, scores = list(product(args.lr, args.epochs)), {}
@@ -201,6 +197,11 @@ def score_encoder(run, args):
     lr, epochs = best
     subset, name = Subset(train, indices), f"final_lr{lr:g}_epochs{epochs}"
     model, final = fine_tune(run, args, encoder, name, subset, lr, epochs)
+    with user_errors():
+        if run.rank == 0:
+            names = names_of(train)
+            lines = "".join(f"{names[index]}\n" for index in indices)
+            write_whole(f"{args.out}/subset.txt", lines.encode("utf-8", "surrogateescape"))
     top1, top5 = evaluate(run, args, model, val)
     choice = {f"lr {lr:g}, {epochs} epochs": score for (lr, epochs), score in scores.items()}
     finish(run, args, {

@@ -43,9 +43,9 @@ import linear_eval
 import semi_eval
 import train
 import visualize
-from common.data import NAMED_SETS, recipe_of
+from common.data import NAMED_SETS, RENDERERS, digest_of, open_images, recipe_of
 from common.ranks import fail, user_errors
-from common.run import count, natural, new_parser, read_lines, write_whole
+from common.run import count, natural, new_parser, not_empty, read_lines, write_whole
 
 HERE = Path(__file__).resolve().parent
 
@@ -338,7 +338,7 @@ def parse_args(argv=None):
     """The command line as a namespace; a mistake in it is one line on stderr and exit code 2."""
     parser = new_parser(__doc__)
     add = parser.add_argument_group("what").add_argument
-    add("--data", default="clutter",
+    add("--data", type=not_empty, default="clutter",
         help="clutter, another named set, clutter:N for a quick try: the miniature; a folder: the "
              "paper's encoders and epochs (default clutter)")
     add("--only", choices=TABLES, nargs="+", metavar="TABLE",
@@ -353,7 +353,7 @@ def parse_args(argv=None):
     add("--trials", action="store_true",
         help=f"instead of the tables: {len(CONFIGURATIONS)} configurations of BYOL and of CARE, "
              f"{TRIAL_STEPS} steps, seeds {' '.join(map(str, TRIAL_SEEDS))}")
-    add("--tuned", nargs="?", const="docs/trials.json", metavar="FILE",
+    add("--tuned", type=not_empty, nargs="?", const="docs/trials.json", metavar="FILE",
         help="each method as the trials in this file chose (without FILE: docs/trials.json)")
     add = parser.add_argument_group("how").add_argument
     add("--launcher", default="", metavar="'COMMAND'",
@@ -362,18 +362,21 @@ def parse_args(argv=None):
     add("--train-flags", default="", metavar="'FLAGS'",
         help="flags of train.py beside the recipe, for all pretrainings; a quick try needs its own "
              "--results")
-    add("--runs", metavar="DIR",
+    add("--runs", type=not_empty, metavar="DIR",
         help="where the runs are (default runs/tables; of other data runs/tables_NAME)")
-    add("--results", metavar="FILE",
+    add("--results", type=not_empty, metavar="FILE",
         help="a line per finished score; the page is made beside it, as .md (default "
              "docs/tables.json; of other data docs/tables_NAME.json; of --trials docs/trials.json)")
     add = parser.add_argument_group("what the paper's scale needs").add_argument
-    add("--voc", metavar="DIR", help="with VOCdevkit/ in it, for Table 4")
-    add("--coco", metavar="DIR", help="COCO 2017, for Tables 4 and 5")
-    add("--subset-1", metavar="FILE", help="SimCLR's list of 1 %% of ImageNet, for Table 3")
-    add("--subset-10", metavar="FILE", help="SimCLR's list of 10 %% of ImageNet, for Table 3")
-    add("--supervised", metavar="FILE", help="torchvision's ResNet-50, for Tables 4 and 5")
-    add("--photos", metavar="DIR", help="images to look at, for Figure 4")
+    add("--voc", type=not_empty, metavar="DIR", help="with VOCdevkit/ in it, for Table 4")
+    add("--coco", type=not_empty, metavar="DIR", help="COCO 2017, for Tables 4 and 5")
+    add("--subset-1", type=not_empty, metavar="FILE",
+        help="SimCLR's list of 1 %% of ImageNet, for Table 3")
+    add("--subset-10", type=not_empty, metavar="FILE",
+        help="SimCLR's list of 10 %% of ImageNet, for Table 3")
+    add("--supervised", type=not_empty, metavar="FILE",
+        help="torchvision's ResNet-50, for Tables 4 and 5")
+    add("--photos", type=not_empty, metavar="DIR", help="images to look at, for Figure 4")
     return fill_in(parser.parse_args(argv))
 
 
@@ -477,6 +480,9 @@ def settings_of(words):
     script, *flags = [__file__ if word.endswith(".pth") else word for word in words]
     settings = vars(SCRIPTS[script].parse_args(flags))
     settings = {name: value for name, value in settings.items() if name not in FREE}
+    data = settings.get("data") or settings["rendered"] or ""
+    if data.partition(":")[0] in RENDERERS:
+        settings["data_digest"] = digest_of(open_images(data, "val"))
     return {script: json.loads(json.dumps(settings))}
 
 
@@ -642,6 +648,8 @@ def check_settings(jobs, results, path):
             for name in sorted({*settings, *had}):
                 usual = defaults_of(script).get(name) if name not in had else None
                 was, now = had.get(name, usual), settings.get(name)
+                if name == "data_digest" and was is None:  # of before there were digests
+                    was = re.sub(r"\d+$", "1", now)
                 if was != now:
                     fail(f"{path}: {encoder}, seed {seed}, {score}: {name} of {script} was "
                          f"{was!r}, is {now!r}; give the same, or another --results")

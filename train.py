@@ -14,13 +14,15 @@ transformer's.
 """
 import contextlib
 import math
+import shlex
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from care import ARCHS, ATT_LOSSES, CARE, METHODS, POSITIONS, TAPS, InputError, tau_at
-from common.data import NAMED_SETS, RECIPES, Stream, describe, open_images, open_labelled
+from common.data import (NAMED_SETS, RECIPES, Stream, describe, digest_of, open_images,
+                         open_labelled)
 from common.knn import knn, rankme
 from common.ranks import agree, fail, note, parallelise, user_errors
 from common.run import (Run, add_data_arguments, add_run_arguments, check_compiler, checked, count,
@@ -211,12 +213,12 @@ def default_out(args):
 
 def recipe_flags(args):
     """The recipe that runs, as flags that one could type."""
-    flags = [f"--data {args.data}"]
+    words = ["--data", args.data]
     for name in RECIPE_ARGS:
         value = getattr(args, name)
-        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        flags.append(f"--{name.replace('_', '-')} {text}")
-    return " ".join(flags)
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return shlex.join(words)
 
 
 def ending(args, scores):
@@ -231,8 +233,11 @@ def ending(args, scores):
             before = "at the start" if args.init else "random encoder"
         lines.append(f"kNN top-1 on val: {scores[first]:.1f} {before}, {scores[last]:.1f} after "
                      f"step {last}")
-        lines.append(f"next: python linear_eval.py --data {args.data} --pretrained "
-                     f"{args.out}/encoder.pth")
+        words = ["python", "linear_eval.py", "--data", args.data]
+        if args.data_root != "data":
+            words += ["--data-root", args.data_root]
+        words += ["--pretrained", f"{args.out}/encoder.pth"]
+        lines.append(f"next: {shlex.join(words)}")
     return "\n".join(lines)
 
 
@@ -342,7 +347,10 @@ def pretrain_step(parallel, optimizer, run, batches, views_of, lr, tau):
 
 # --------------------------------------------------------------------------------------------- main
 def open_data(run, args):
-    """The images to train on, and kNN's bank and val, None without kNN. Fills in args.images."""
+    """The images to train on, and kNN's bank and val, None without kNN.
+
+    Fills in args: images, data_digest, and val_digest, None without kNN.
+    """
     where = {"data_root": args.data_root, "size": max(args.image_size)}
     source, bank, val = None, None, None
     with user_errors():
@@ -351,7 +359,7 @@ def open_data(run, args):
     with user_errors():
         if run.rank > 0:
             source = open_images(args.data, "pretrain", **where)
-        args.images = len(source)
+        args.images, args.data_digest, args.val_digest = len(source), digest_of(source), None
         least = run.world * args.accum_steps
         if args.batch_size % least or args.batch_size < 2 * least:
             raise InputError(f"--batch-size {args.batch_size}: must be a multiple of {run.world} "
@@ -362,6 +370,7 @@ def open_data(run, args):
                              f"{args.batch_size}")
         if args.knn_every:
             bank, val = open_labelled(args, args.knn_images)
+            args.val_digest = digest_of(val)
     return source, bank, val
 
 

@@ -42,11 +42,11 @@ from torch import nn
 from tqdm import tqdm
 
 from care import ARCHS, CARE, STEMS, TAPS, InputError, pool
-from common.data import ImageFiles, open_images, read_image
+from common.data import ImageFiles, describe, open_images, read_image
 from common.draw import (LEFT, LEGEND, PANEL, PANEL_HEIGHT, RUN_COLOURS, draw_panel, draw_row,
                          printable)
 from common.ranks import fail, user_errors
-from common.run import (as_bytes, count, fraction, natural, new_parser, read_lines,
+from common.run import (as_bytes, count, fraction, natural, new_parser, not_empty, read_lines,
                         write_whole)
 from common.views import imagenet_normalize
 from common.weights import (check_state, checkpoint_file, load_checkpoint, open_encoder,
@@ -76,7 +76,7 @@ def parse_args(argv=None):
     add("--stem", choices=STEMS,
         help="first layers, cifar for small images (default: read off the file; random: imagenet)")
     add("--seed", type=natural, default=0, help="initial weights of random (default 0)")
-    add("--images", nargs="+", default=["shapes"], metavar="PATH|NAME",
+    add("--images", type=not_empty, nargs="+", default=["shapes"], metavar="PATH|NAME",
         help="photos and folders of photos, or the val images of a rendered set, shapes or clutter "
              "(default shapes)")
     add("--limit", type=count, metavar="N",
@@ -87,7 +87,7 @@ def parse_args(argv=None):
     add("--layer", choices=TAPS, default="conv5", help="feature map A of Grad-CAM (default conv5)")
     add("--target", choices=("similarity", "class"), default="similarity",
         help="score s of Grad-CAM (default similarity)")
-    add("--classifier", nargs="+", default=[], metavar="FILE",
+    add("--classifier", type=not_empty, nargs="+", default=[], metavar="FILE",
         help="classifier.pth of linear_eval.py, one per encoder")
     add("--class", "--label", dest="label", type=natural, metavar="N",
         help="class that is explained, by its number (default: the predicted)")
@@ -96,8 +96,9 @@ def parse_args(argv=None):
         help="whose attention is drawn, as parts of height and width (default the centre)")
     add("--samples", type=natural, default=500, metavar="N",
         help="images of a rendered set that are scored; 0: none (default 500)")
-    add("--curves", nargs="+", metavar="RUN", help="instead: draw log.jsonl of run directories")
-    add("--out", metavar="PNG",
+    add("--curves", type=not_empty, nargs="+", metavar="RUN",
+        help="instead: draw log.jsonl of run directories")
+    add("--out", type=not_empty, metavar="PNG",
         help="default attention.png or curves.png; scores go beside it, as .jsonl")
     args = parser.parse_args(argv)
     args.out = Path(args.out or ("curves.png" if args.curves else "attention.png"))
@@ -173,6 +174,8 @@ def find_images(args, source):
     for path in args.images:
         if source is None and Path(path).is_dir():
             photos = ImageFiles(path)
+            if photos.passed_over:
+                print(f"note: {describe(photos)}", file=sys.stderr)
             files += [photos.path(index) for index in range(len(photos))]
         else:
             files.append(path)
@@ -282,7 +285,7 @@ def score(args, source, encoders):
             heat = F.interpolate(heat[None], mask.shape, mode="bilinear")[0, 0]  # (height, width)
             sums[number] += measure(heat.double().cpu().numpy(), mask)
     settings = ("image_size", "layer", "target", "label", "samples", "seed")
-    protocol = {"data": args.rendered, "precision": "fp32"}
+    protocol = {"data": args.rendered, "data_digest": source.digest, "precision": "fp32"}
     protocol |= {name: getattr(args, name) for name in settings}
     results = []
     for one, total in zip(encoders, sums):

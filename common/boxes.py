@@ -23,7 +23,7 @@ from torchvision.ops import clip_boxes_to_image
 from care import InputError
 from common.annotations import (VOC_CLASSES, Objects, check_once, has_area, read_coco, read_voc,
                                 tell)
-from common.data import Failed, open_images, read_image
+from common.data import Failed, digest_of, digest_of_files, open_images, read_image
 from common.shapes import Shapes, render_scene
 
 VOC_PARTS = {"train": (("2007", "trainval"), ("2012", "trainval")), "val": (("2007", "test"),)}
@@ -59,6 +59,18 @@ def as_mask(outline, height, width):
     if isinstance(outline, bytes):
         return decode({"size": [height, width], "counts": outline})
     return decode(merge(frPyObjects(outline, height, width)))
+
+
+def digest_with_boxes(source, root, split):
+    """`digest_of` a source of `open_sources`, its annotations' files included."""
+    if not hasattr(source, "path"):
+        return digest_of(source)
+    images = [os.path.relpath(source.path(index), root) for index in range(len(source))]
+    annotations = [f"annotations/instances_{split}2017.json"]
+    if images[0].startswith("VOCdevkit"):
+        others = [name.replace("JPEGImages", "Annotations") for name in images]
+        annotations = [os.path.splitext(name)[0] + ".xml" for name in others]
+    return digest_of_files(root, annotations + images)
 
 
 def as_tensors(pair, flip=0.0):

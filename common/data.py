@@ -5,11 +5,15 @@ The stream: sample n, its image and every draw of its views, is fixed by (seed, 
 does not depend on the number of workers or ranks, and one that resumes at step s is exact.
 """
 import errno
+import hashlib
 import io
 import os
 import sys
 import time
+import unicodedata
 from array import array
+from collections import Counter
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +21,6 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from care import InputError
 from common.shapes import Shapes, render_clutter, render_shape
@@ -46,6 +49,8 @@ RECIPES = {
     "imagenette": SMALL | {"image_size": 160, "batch_size": 128, "base_lr": 0.1, "tau_base": 0.98},
 }
 NAMED_SETS = tuple(name for name in RECIPES if name != "folder")
+RENDERERS = {"shapes": render_shape, "clutter": render_clutter}
+IMAGENETTE = {"train": 9469, "val": 3925}  # images
 
 
 def recipe_of(data):
@@ -98,6 +103,8 @@ def read_image(path, upright=False):
     except Exception as error:  # a decoder may raise anything on foreign bytes
         reason = str(error).partition(" <_io")[0] or type(error).__name__
         raise UnreadableImage(path, reason) from error
+    if image.mode[0] == "P" and image.palette is None:
+        raise UnreadableImage(path, "its palette is missing")
     if image.mode[0] in "IF":
         return scale_to_8_bits(path, image, np.asarray(shown)).convert("RGB")
     if not image.has_transparency_data:
@@ -125,15 +132,42 @@ def scale_to_8_bits(path, image, values):
 
 # ----------------------------------------------------------------------------------------- folders
 SPLITS = ("train", "val", "valid", "validation", "dev", "test", "testing", "unlabeled")
+# What Pillow names but does not draw itself: stubs of scientific data, films, programs.
+NOT_DRAWN = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+
+
+def image_endings():
+    """Endings of all files that the installed Pillow opens as a picture: {".jpg", ...}."""
+    Image.preinit()  # before all others, as Image.open does: formats are tried in this order
+    formats = Image.registered_extensions()
+    return {ending for ending, kind in formats.items()
+            if kind in Image.OPEN and kind not in NOT_DRAWN}
+
+
+IMAGE_ENDINGS = image_endings()
+
+
+def ending_of(file):
+    """What tells a file's kind: ".jpg", "._*" of a note of macOS, the name if it has no ending."""
+    file = os.path.basename(file)
+    if file.startswith("._"):
+        return "._*"
+    _, dot, ending = file.rpartition(".")
+    return (dot + ending).lower() if dot else file
 
 
 def is_image(file):
-    """Whether a file's name is an image's; names that begin with ._ are notes of macOS."""
-    return file.lower().endswith(IMG_EXTENSIONS) and not file.startswith("._")
+    """Whether a file's name is an image's."""
+    return ending_of(file) in IMAGE_ENDINGS
 
 
 def image_names(folder, below=""):
-    """Names of all images below folder/below, relative to `folder`, in torchvision's order.
+    """Names of all images below folder/below, as `file_names` gives them."""
+    return filter(is_image, file_names(folder, below))
+
+
+def file_names(folder, below=""):
+    """Names of all files below folder/below, relative to `folder`, in torchvision's order.
 
     Links to folders are followed, but no folder is entered twice, and none that `folder` lies in.
     OSError when one may not be read.
@@ -155,35 +189,53 @@ def image_names(folder, below=""):
             found.append((path, files))
     for path, files in sorted(found):
         relative = os.path.relpath(path, folder)
-        for file in filter(is_image, sorted(files)):
+        for file in sorted(files):
             yield file if relative == "." else f"{relative}/{file}"
 
 
 class ImageFiles(Dataset):
     """The images below a folder: `labelled`, with a class for each folder in it, or without (-1).
 
-    root: the folder; classes: names, sorted; targets (n,): labels; name(i) and path(i): of a file.
+    root: the folder; classes: names, sorted; targets (n,): labels; name(i) and path(i): of a file;
+    passed_over: how many other files there are, by ending.
     Names are kept as bytes in one piece: a million Python objects take 200 MiB, and every worker
     makes a copy of its own of them by counting references.
     """
 
     def __init__(self, root, labelled=False):
-        self.root, self.classes = os.fspath(root), []
+        self.root, self.classes, self.passed_over = os.fspath(root), [], Counter()
         if labelled:
-            with os.scandir(root) as entries:
-                self.classes = sorted(entry.name for entry in entries if entry.is_dir())
-            if not self.classes:
-                raise InputError(f"{root}: no folders in it, one a class")
+            self.find_classes()
         names, ends, targets = bytearray(), array("q", [0]), array("q")
         for label, below in enumerate(self.classes or [""]):
             before = len(targets)
-            for name in image_names(self.root, below):
+            for name in file_names(self.root, below):
+                if not is_image(name):
+                    self.passed_over[ending_of(name)] += 1
+                    continue
                 names += os.fsencode(name)
                 ends.append(len(names))
                 targets.append(label if labelled else -1)
             if len(targets) == before:
-                raise InputError(f"{Path(root) / below}: no images below it")
+                raise InputError(f"{Path(root) / below}: no images below it{others(self)}")
         self.names, self.ends, self.targets = bytes(names), np.array(ends), np.array(targets)
+
+    def find_classes(self):
+        """The folders in `root`. InputError if there are none, or two of one name."""
+        with os.scandir(self.root) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    self.classes.append(entry.name)
+                else:
+                    self.passed_over[ending_of(entry.name)] += 1
+        if not self.classes:
+            raise InputError(f"{self.root}: no folders in it, one a class{others(self)}")
+        self.classes.sort()
+        forms = {}
+        for name in self.classes:
+            if (other := forms.setdefault(one_form(name), name)) != name:
+                raise InputError(f"{self.root}: two folders of one class, whose names look alike: "
+                                 f"{shown(other)}, {shown(name)}; merge them")
 
     def __len__(self):
         return len(self.targets)
@@ -197,6 +249,22 @@ class ImageFiles(Dataset):
 
     def path(self, index):
         return os.path.join(self.root, self.name(index))
+
+    @cached_property
+    def digest(self):
+        return digest_of_files(self.root, map(self.name, range(len(self))))
+
+
+def digest_of_files(root, names):
+    """What tells these files from others: their names below root and their sizes in bytes, hashed.
+
+    Files of other names, of another order or size have another one. No file is read.
+    """
+    digest = hashlib.sha256()
+    for name in names:
+        size = os.stat(os.path.join(root, name)).st_size
+        digest.update(os.fsencode(name) + b"\0%d\n" % size)
+    return digest.hexdigest()[:16]
 
 
 def pretraining_folder(root):
@@ -228,14 +296,16 @@ def open_images(data, split, data_root="data", size=64, download=False):
 
     shapes:N and clutter:N have N training images, of `size` pixels. InputError if there are none.
     """
-    name, _, count = data.partition(":")
-    if name in ("shapes", "clutter"):
-        if count and not (count.isdigit() and int(count)):
+    name, colon, count = data.partition(":")
+    if colon and name in NAMED_SETS:
+        if name not in RENDERERS:
+            raise InputError(f"--data {data}: only {' and '.join(RENDERERS)} take a number")
+        if not (count.isdecimal() and int(count)):
             raise InputError(f"--data {data}: N of {name}:N is the number of training images")
-        renderer = render_shape if name == "shapes" else render_clutter
+    if name in RENDERERS:
         if split == "val":
-            return Shapes("val", 1000, size, renderer)
-        return Shapes("train", int(count or 4000), size, renderer)
+            return Shapes("val", 1000, size, RENDERERS[name])
+        return Shapes("train", int(count or 4000), size, RENDERERS[name])
     if name in NAMED_SETS:
         try:
             return open_download(name, split, data_root, download)
@@ -260,9 +330,18 @@ def open_download(name, split, data_root, download):
         return datasets.CIFAR10(data_root, train=part == "train", download=download)
     if name == "stl10":
         part = {"pretrain": "unlabeled", "train": "train", "val": "test"}[split]
-        return datasets.STL10(data_root, split=part, download=download)
+        source = datasets.STL10(data_root, split=part, download=download)
+        source.targets = source.labels
+        return source
     folder = Path(data_root) / "imagenette2-160"
-    datasets.Imagenette(data_root, part, size="160px", download=download and not folder.is_dir())
+    if not folder.is_dir():
+        datasets.Imagenette(data_root, part, size="160px", download=download)
+    there = (folder / part).is_dir()
+    found = sum(1 for _ in image_names(folder, part)) if there else 0
+    if found != IMAGENETTE[part]:  # torchvision checks the archive alone
+        raise InputError(f"{folder / part}: {found} images, not {IMAGENETTE[part]}, as a broken "
+                         f"download leaves them; remove {folder}, and the same command downloads "
+                         "it again")
     return ImageFiles(folder / part, labelled=True)
 
 
@@ -273,9 +352,42 @@ def file_of(source, index):
     return source.path(index) if hasattr(source, "path") else None
 
 
+def digest_of(source):
+    """What tells a source's images from others: a text. None is read.
+
+    Of files `digest_of_files`, of the embedded sets name and version; torchvision has checked its
+    own sets against sums of their bytes.
+    """
+    if isinstance(source, Subset):
+        return digest_of(source.dataset)
+    return getattr(source, "digest", type(source).__name__)
+
+
 def describe(source):
-    """Which images a run uses, and how many, in one line."""
-    return f"{len(source)} images in {source.root}"
+    """Which images a run uses, and how many, in one line, with how many other files are there."""
+    return f"{len(source)} images in {source.root}{others(source)}"
+
+
+def others(source):
+    """What a source has passed over, as " (passed over: 12 .heic, 1 .txt)"; or ""."""
+    passed_over = getattr(source, "passed_over", None)
+    if not passed_over:
+        return ""
+    kinds = ", ".join(f"{count} {shown(kind)}" for kind, count in passed_over.most_common(5))
+    more = f", ... {passed_over.total()} files in all" if len(passed_over) > 5 else ""
+    return f" (passed over: {kinds}{more})"
+
+
+def shown(name):
+    """A name for a message, with escapes of what may mislead the eye or is no UTF-8."""
+    text = name.encode("utf-8", "backslashreplace").decode()
+    plain = text.isascii() and text.isprintable() and text == text.strip()
+    return text if plain else f"{text} ({ascii(name)})"
+
+
+def one_form(name):
+    """A name in the one of Unicode's forms in which letters and their accents are composed."""
+    return unicodedata.normalize("NFC", name)
 
 
 # ------------------------------------------------------------------------------------------- labels
@@ -289,16 +401,30 @@ def open_labelled(args, count=None):
     train = open_images(args.data, "train", **where)
     val = open_images(args.data, "val", **where)
     classes = len(train.classes)
-    if list(train.classes) != list(val.classes):
-        differ = sorted(set(train.classes) ^ set(val.classes))
+    if differ := relabel(val, train.classes):
         raise InputError(f"--data {args.data}: train and val differ in classes "
-                         f"({', '.join(map(str, differ[:5]))})")
+                         f"({', '.join(map(shown, differ[:5]))})")
     if count is None or count >= len(train):
         return train, val
     if count < classes:
         raise InputError(f"{count} labels are fewer than the {classes} classes of {args.data}")
     drawn, _ = split_by_class(labels_of(train), lambda n: count // classes, seed=0)
     return Subset(train, drawn), val
+
+
+def relabel(source, classes, folders=None):
+    """Number a source's labels as in `classes`, by name, whatever the order of its own.
+
+    folders: what the classes are called in the source, where not the same. The forms that Unicode
+    has of a name are one name. -> the names of one side alone; if any, nothing is changed.
+    """
+    numbers = {one_form(name): number for number, name in enumerate(folders or classes)}
+    names = [one_form(name) for name in source.classes]
+    differ = sorted(numbers.keys() ^ set(names))
+    if not differ:
+        source.targets = np.array([numbers[name] for name in names])[source.targets]
+        source.classes = list(classes)
+    return differ
 
 
 def labels_of(source):

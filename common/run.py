@@ -70,6 +70,13 @@ def checked(kind, wanted, fits):
     return parse
 
 
+def not_empty(text):
+    """A type= of argparse: any text except an empty one."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty: is a variable not set?")
+    return text
+
+
 count = checked(int, "a whole number of at least 1", lambda value: value >= 1)
 natural = checked(int, "a whole number of at least 0", lambda value: value >= 0)
 positive = checked(float, "a number above 0", lambda value: 0 < value < math.inf)
@@ -79,10 +86,10 @@ fraction = checked(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 def add_data_arguments(add):
     """--data, --data-root, --image-size: for every script that reads images."""
-    add("--data", default="imagenet", metavar="PATH|NAME",
+    add("--data", type=not_empty, default="imagenet", metavar="PATH|NAME",
         help="folder with train/ and val/ (to pretrain: any folder of images), or one of "
              f"{', '.join(NAMED_SETS)}; shapes:N, clutter:N: of N images (default ./imagenet)")
-    add("--data-root", default="data", metavar="DIR",
+    add("--data-root", type=not_empty, default="data", metavar="DIR",
         help="where cifar10, stl10 and imagenette are downloaded to (default ./data)")
     add("--image-size", type=count, nargs="+", metavar="PX",
         help="one side, or height and width, in pixels: multiples of 32, of 8 with a cifar stem "
@@ -103,7 +110,8 @@ def add_run_arguments(add):
         help="steps between log lines (default 10)")
     add("--max-steps", type=count, metavar="N",
         help="stop with a checkpoint after step N; schedules stay those of the whole run")
-    add("--out", help="run directory (default: under runs/); a run in it is resumed")
+    add("--out", type=not_empty,
+        help="run directory (default: under runs/); a run in it is resumed")
 
 
 def use_recipe(args, names):
@@ -238,7 +246,8 @@ class Run:
 
         total: steps of the whole run. exports: modules whose weights are also written to files of
         their own, by file name. defaults: what an argument was before it existed. more: plain
-        values for the checkpoint. Rank 0 reads for all, so that all resume from the same step.
+        values for the checkpoint. Rank 0 reads for all, so that all resume from the same step. A
+        checkpoint of before data_digest gets that of the images that are there.
         Exit code 2 when the file is damaged, or of a run in which another argument differs.
         """
         self.same_arguments()
@@ -249,6 +258,11 @@ class Run:
                 checkpoint = load_checkpoint(path)
                 check_same_run(path, checkpoint, vars(self.args), self.parts, self.free,
                                defaults or {})
+                if "data_digest" not in checkpoint["args"]:
+                    checkpoint["args"]["data_digest"] = self.args.data_digest
+                    write_whole(path, as_bytes(torch.save, checkpoint))
+                    note(f"{path}: did not say of which images it is, only of how many; now it is "
+                         f"of those in {self.args.data}")
             elif self.rank == 0:
                 check_nothing_lost(self.out, self.exports)
         if self.world > 1:
@@ -576,15 +590,22 @@ def check_same_run(path, checkpoint, now, parts, free, defaults):
     if now.get("init") and now["init_sha256"] is None:  # the file has gone
         now["init_sha256"] = then["init_sha256"] or "unknown"
     names = {name for name in {*then, *now} if then.get(name) != now.get(name)}
-    moved = names & {"data", "images"} == {"data"} and Path(now["data"]).is_dir()
-    if moved and then["data"].partition(":")[0] not in NAMED_SETS:
-        names.remove("data")
+    digest = then.get("data_digest")
+    if digest is None:  # of before there was one
+        names.discard("data_digest")
+    if None in (then.get("val_digest"), now.get("val_digest")):  # kNN may come and go
+        names.discard("val_digest")
+    places = [then["data"], now["data"]]
+    folders = not any(place.partition(":")[0] in NAMED_SETS for place in places)
+    moved = folders and len(set(map(os.path.realpath, places))) == 2
+    if folders and (not moved or digest is not None and "data_digest" not in names):
+        names.discard("data")
     changed = [f"{name} was {then.get(name)}, is {now.get(name)}"
                for name in sorted(names.difference(free))]
     if changed:
         raise InputError(f"{path}: of another run ({'; '.join(changed)}); repeat its arguments or "
                          "choose another --out")
-    if moved and os.path.realpath(then["data"]) != os.path.realpath(now["data"]):
+    if moved:
         print(f"note: the data has moved from {then['data']} to {now['data']}", file=sys.stderr)
     check_state(path, checkpoint["model"], parts["model"].state_dict())
 

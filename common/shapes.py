@@ -275,6 +275,11 @@ def render_scene(split, index, size):
     return finished(image), boxes, labels, masks
 
 
+# A set's name and the version of its images, raised when any of them changes: a run goes on, and a
+# score is found again, with the same images only.
+DIGESTS = {render_shape: "shapes 1", render_clutter: "clutter 1", render_scene: "scenes 1"}
+
+
 class Shapes:
     """A data set: [index] -> (PIL image, label), rendered at `size` pixels by `renderer`.
 
@@ -288,7 +293,7 @@ class Shapes:
     def __init__(self, split="train", length=4000, size=64, renderer=render_shape):
         self.split, self.size, self.renderer = split, size, renderer
         self.targets = np.arange(length) % len(CLASSES)
-        self.kept = {}
+        self.digest, self.kept = DIGESTS[renderer], {}
 
     def __len__(self):
         return len(self.targets)

@@ -157,8 +157,10 @@ def load_encoder(path, arch=None, stem=None, prefix=None):
 
 def checkpoint_file(text):
     """A type= of argparse: a file that is there, or `random`."""
+    if os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text}: is a folder; give a file, as encoder.pth in it")
     if text != "random" and not os.path.isfile(text):
-        raise argparse.ArgumentTypeError(f"{text}: no such file (nor random)")
+        raise argparse.ArgumentTypeError(f"{text or 'is empty'}: no such file (nor random)")
     return text
 
 

@@ -647,3 +647,27 @@ def test_running_statistics_score(monkeypatch):
     evaluate(model, source, "voc-c4")
     alone = model([common.boxes.as_tensors(source[3][0])[0]])[0]
     torch.testing.assert_close(seen[3]["boxes"], alone["boxes"], rtol=1e-4, atol=1e-3)
+
+
+def test_a_digest_is_of_images_and_annotations(tmp_path):
+    """The same for a copy; another one where an image or an annotation has one more byte."""
+    def digests(root, protocol):
+        sources = common.boxes.open_sources(str(root), protocol)
+        return [common.boxes.digest_with_boxes(source, str(root), split)
+                for source, split in zip(sources, ("train", "val"))]
+
+    for protocol, make, names in (
+            ("voc-c4", voc_tree, ("VOCdevkit/VOC2007/Annotations/000001.xml",
+                                  "VOCdevkit/VOC2007/JPEGImages/000001.jpg")),
+            ("coco-c4", coco_tree, ("annotations/instances_train2017.json",
+                                    "train2017/000000000012.jpg"))):
+        first, copied = (make(tmp_path / protocol / name) for name in ("first", "copied"))
+        before = digests(first, protocol)
+        assert digests(copied, protocol) == before and before[0] != before[1]
+        for name in names:
+            with open(first / name, "ab") as file:
+                file.write(b" ")
+            now = digests(first, protocol)
+            assert now[0] != before[0], name
+            before = now
+    assert common.boxes.digest_with_boxes(scenes(3), "shapes:3", "train") == "scenes 1"

@@ -5,6 +5,7 @@ import os
 import re
 import struct
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
-from torchvision.datasets.folder import default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from care import InputError
 from common import data, shapes, views
@@ -311,7 +312,7 @@ def test_files_and_labels_are_image_folders_in_its_order(tmp_path):
     assert names[0] == "top.png" and sorted(names[1:]) == sorted(NAMES)
     assert data.file_of(Subset(source, [4, 2]), 1) == source.path(2)
     assert data.file_of(open_images("shapes", "val"), 0) is None
-    assert data.describe(plain) == f"9 images in {root}"
+    assert data.describe(plain) == f"9 images in {root} (passed over: 1 .txt)"
 
 
 def test_names_that_are_no_utf8_survive(tmp_path):
@@ -325,7 +326,7 @@ def test_names_that_are_no_utf8_survive(tmp_path):
 def test_a_million_names_take_little_memory(monkeypatch):
     """30 bytes a name of 30 characters, 16 for where it ends and its label; here of 100,000."""
     names = [f"n01440764/n01440764_{i:05d}.JPEG" for i in range(100_000)]
-    monkeypatch.setattr(data, "image_names", lambda folder, below: names)
+    monkeypatch.setattr(data, "file_names", lambda folder, below: names)
     source = ImageFiles("/data")
     assert source.path(99_999) == "/data/" + names[-1] and source.name(7) == names[7]
     held = sys.getsizeof(source.names) + source.ends.nbytes + source.targets.nbytes
@@ -430,6 +431,7 @@ def test_imagenette(tmp_path, monkeypatch):
     save_photos(tmp_path / "imagenette2-160", "train/n01440764/n01440764_1.JPEG",
                 "train/n02102040/n02102040_7.JPEG", "train/n02102040/n02102040_9.JPEG",
                 "val/n01440764/ILSVRC2012_val_1.JPEG", "val/n02102040/ILSVRC2012_val_2.JPEG")
+    monkeypatch.setattr(data, "IMAGENETTE", {"train": 3, "val": 2})
     train = open_images("imagenette", "train", str(tmp_path), download=True)
     assert train.targets.tolist() == [0, 1, 1] and train.classes == ["n01440764", "n02102040"]
     assert train.name(1) == "n02102040/n02102040_7.JPEG" and train[1][1] == 1
@@ -437,10 +439,8 @@ def test_imagenette(tmp_path, monkeypatch):
     assert len(open_images("imagenette", "val", str(tmp_path))) == 2
     with pytest.raises(InputError, match="imagenette: not in .*, nor to be downloaded"):
         open_images("imagenette", "train", str(tmp_path / "no"))
-    asked = []
-    monkeypatch.setattr(torchvision.datasets, "Imagenette", lambda *_, **flags: asked.append(flags))
+    monkeypatch.delattr(torchvision.datasets, "Imagenette")  # older versions refuse a second time
     open_images("imagenette", "val", str(tmp_path), download=True)
-    assert asked == [{"size": "160px", "download": False}]  # older versions refuse a second time
 
 
 # ------------------------------------------------------------------------------------------- labels
@@ -553,3 +553,136 @@ def test_ranks_and_accumulation_cut_the_same_global_batches():
             now = slice(step * accum_steps, (step + 1) * accum_steps)
             taken = [n for part in parts for micro in part[now] for n in micro]
             assert taken == whole[step] == list(range((step + 3) * 12, (step + 4) * 12))
+
+
+# ------------------------------------------------------------------- wrong images, without a word
+def test_every_picture_that_pillow_opens_counts(tmp_path):
+    """In every kind of file; what is no picture is counted in the line that names the folder."""
+    kinds = {"gif": "GIF", "jfif": "JPEG", "jpe": "JPEG", "JPG": "JPEG", "tga": "TGA", "jp2":
+             "JPEG2000", "avif": "AVIF", "png": "PNG"}
+    kinds = {ending: kind for ending, kind in kinds.items() if kind in Image.SAVE}
+    folder = tmp_path / "set" / "cat"
+    folder.mkdir(parents=True)
+    for ending, kind in kinds.items():
+        photo(0, 20, 30).save(folder / f"a.{ending}", kind)
+    source = ImageFiles(str(tmp_path / "set"), labelled=True)
+    assert len(source) == len(kinds) >= 6
+    assert all(image.size == (30, 20) for image, _ in source)
+    assert data.describe(source) == f"{len(kinds)} images in {tmp_path}/set"
+    assert set(IMG_EXTENSIONS) < data.IMAGE_ENDINGS
+    assert data.IMAGE_ENDINGS.isdisjoint({".h5", ".mpg", ".pdf", ".eps", ".wmf", ".txt", ""})
+
+    for name in ("b.heic", "c.HEIC", "._a.png", "d.mpg", "README", "jpg", "../beside.png"):
+        (folder / name).write_bytes(b"")
+    source = ImageFiles(str(tmp_path / "set"), labelled=True)
+    expected = {".heic": 2, "._*": 1, ".mpg": 1, "README": 1, "jpg": 1, ".png": 1}
+    assert source.passed_over == expected and len(source) == len(kinds)
+    line = data.describe(source)
+    assert "/set (passed over: 2 .heic, 1 " in line and line.endswith(", ... 7 files in all)")
+    (tmp_path / "other" / "cat").mkdir(parents=True)
+    (tmp_path / "other" / "cat" / "a.heic").write_bytes(b"")
+    with pytest.raises(InputError, match=r"cat: no images below it \(passed over: 1 .heic\)"):
+        ImageFiles(str(tmp_path / "other"), labelled=True)
+
+
+def test_a_palette_that_is_missing(tmp_path):
+    """Pillow opens such a file, and fails when it is converted."""
+    rows = [bytes(range(8))] * 8
+    (tmp_path / "a.png").write_bytes(png(8, 8, 8, 3, rows))
+    with pytest.raises(UnreadableImage, match="its palette is missing"):
+        read_image(tmp_path / "a.png")
+
+
+def test_a_digest_is_of_names_and_sizes(tmp_path, monkeypatch):
+    """The same for a copy; another one for one more byte, another name, class or number."""
+    root = save_photos(tmp_path / "a", "cat/1.png", "dog/2.png")
+    content = (tmp_path / "a" / "cat" / "1.png").read_bytes()
+    monkeypatch.setattr(data, "open", None, raising=False)  # no file is read
+
+    def digest(folder, files):
+        for name, size in files.items():
+            path = tmp_path / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content + bytes(size - len(content)))
+        return ImageFiles(str(tmp_path / folder), labelled=True).digest
+
+    size = len(content)
+    first = ImageFiles(root, labelled=True)
+    copied = digest("copy", {"cat/1.png": size, "dog/2.png": size})
+    others = [digest("larger", {"cat/1.png": size, "dog/2.png": size + 1}),
+              digest("swapped", {"cat/1.png": size + 1, "dog/2.png": size}),
+              digest("renamed", {"cat/1.png": size, "dog/3.png": size}),
+              digest("moved", {"cat/1.png": size, "cat/2.png": size}),
+              digest("fewer", {"cat/1.png": size})]
+    assert first.digest == copied == data.digest_of(first) == data.digest_of(Subset(first, [1]))
+    assert len({first.digest, *others}) == 6 and re.fullmatch("[0-9a-f]{16}", first.digest)
+    (tmp_path / "copy" / "cat" / "1.png").unlink()
+    (tmp_path / "copy" / "cat" / "1.png").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match="cat/1.png"):
+        data.digest_of(ImageFiles(str(tmp_path / "copy")))
+
+
+def test_digests_of_named_sets():
+    """A number for each: clutter's may change, and shapes' runs still go on."""
+    assert data.digest_of(open_images("shapes:20", "pretrain")) == "shapes 1"
+    assert data.digest_of(open_images("clutter", "val")) == "clutter 1"
+
+
+def test_a_named_set_takes_a_number_or_does_not():
+    for name, match in (("cifar10:500", "only shapes and clutter take a number"),
+                        ("imagenette:", "only shapes and clutter take a number"),
+                        ("shapes:", "N of shapes:N"), ("clutter:\u00b2", "N of clutter:N"),
+                        ("shapes:0", "N of shapes:N"), ("shapes:-3", "N of shapes:N")):
+        with pytest.raises(InputError, match=match):
+            open_images(name, "train", "nowhere")
+
+
+def test_what_a_broken_download_left_is_no_data_set(tmp_path, monkeypatch):
+    """Neither a part of the images nor a missing split; what to do is said."""
+    monkeypatch.setattr(data, "IMAGENETTE", {"train": 3, "val": 1})
+    save_photos(tmp_path / "imagenette2-160", "train/a/1.JPEG", "train/b/2.JPEG")
+    for split, found in (("train", "train: 2 images, not 3"), ("val", "val: 0 images, not 1")):
+        with pytest.raises(InputError, match=f"{found}.* remove .*imagenette2-160, and the same"):
+            open_images("imagenette", split, str(tmp_path), download=True)
+    save_photos(tmp_path / "imagenette2-160", "train/b/3.JPEG")
+    assert len(open_images("imagenette", "train", str(tmp_path))) == 3
+
+
+def test_labels_of_stl10(tmp_path, monkeypatch):
+    """torchvision calls them labels, where other sets have targets."""
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    for part, labels in (("train", [3, 1, 2, 1]), ("test", [2, 1, 3])):
+        (folder / f"{part}_X.bin").write_bytes(bytes(len(labels) * 3 * 96 * 96))
+        (folder / f"{part}_y.bin").write_bytes(bytes(labels))
+    (folder / "class_names.txt").write_text("a\nb\nc")
+    args = SimpleNamespace(data="stl10", data_root=str(tmp_path), image_size=[96, 96])
+    train, val = data.open_labelled(args)
+    assert data.labels_of(train).tolist() == [2, 0, 1, 0] == [label for _, label in train]
+    assert data.labels_of(val).tolist() == [1, 0, 2]
+
+
+def test_classes_are_matched_by_name_in_any_form_of_unicode(tmp_path):
+    """A Mac writes letter and accent apart, and such a name sorts elsewhere."""
+    for split, form in (("train", "NFC"), ("val", "NFD")):
+        names = ("ch\u00e8vre", "chz", "dog")
+        class_folders(tmp_path / split, [unicodedata.normalize(form, name) for name in names])
+    train, val = data.open_labelled(where(tmp_path))
+    assert val.classes == train.classes == ["chz", "ch\u00e8vre", "dog"]
+    assert [val.name(i)[:3] for i in range(6)] == ["che", "che", "chz", "chz", "dog", "dog"]
+    assert val.targets.tolist() == [1, 1, 0, 0, 2, 2] and val[0][1] == 1
+
+
+def test_names_that_look_alike_are_told_apart(tmp_path):
+    two = ["ch\u00e8vre", "che\u0300vre"]
+    class_folders(tmp_path / "both", two)
+    with pytest.raises(InputError, match="two folders of one class") as caught:
+        ImageFiles(str(tmp_path / "both"), labelled=True)
+    assert all(ascii(name) in str(caught.value) for name in two)
+    for split, name in (("train", "\u0441at"), ("val", "cat")):  # a Cyrillic letter
+        class_folders(tmp_path / "set" / split, [name])
+    with pytest.raises(InputError, match=r"differ in classes \(cat, .at \('.u0441at'\)\)"):
+        data.open_labelled(where(tmp_path / "set"))
+    assert [data.shown(name) for name in ("cat", "cat ", "caf\udce9")] == [
+        "cat", "cat  ('cat ')", "caf\\udce9"]

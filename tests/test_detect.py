@@ -619,14 +619,23 @@ def test_bad_encoders_and_folders(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_missing_image_ends_a_run_in_one_line_after_a_checkpoint(workers, tmp_path, capsys):
-    """In the process itself, and in one that loads."""
+def test_a_missing_image_ends_a_run_in_one_line_after_a_checkpoint(workers, tmp_path, capsys,
+                                                                   monkeypatch):
+    """In the process itself, and in one that loads; and before the first step."""
+    def restore_and_lose(run, *rest, **named):
+        restore(run, *rest, **named)
+        for path in (tmp_path / "VOCdevkit").rglob("*.jpg"):
+            path.unlink()
+
+    restore = common.run.Run.restore
     voc_tree(tmp_path)
     flags = [*SMALL, "--data", tmp_path, "--iterations", 4, "--out", tmp_path / "run"]
     detect_eval.main([*map(str, flags), "--max-steps", "1"])
-    for path in (tmp_path / "VOCdevkit").rglob("*.jpg"):
-        path.unlink()
     capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(common.run.Run, "restore", restore_and_lose)
+        refused(capsys, *flags, "--workers", workers, match="No such file .*jpg",
+                script=detect_eval)
     refused(capsys, *flags, "--workers", workers, match="No such file .*jpg", script=detect_eval)
     assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["step"] == 1
 
@@ -676,3 +685,18 @@ def test_a_run_of_other_arguments_is_left_alone(few, tmp_path, capsys):
     before = (tmp_path / "run" / "last.pth").read_bytes()
     refused(capsys, *SMALL, *flags, "--rois", 5, match="rois was 4, is 5", script=detect_eval)
     assert (tmp_path / "run" / "last.pth").read_bytes() == before
+
+
+def test_other_annotations_are_another_run(tmp_path, capsys):
+    """Of the same images, in the same folder; the result says of which it is."""
+    voc_tree(tmp_path)
+    out, flags = tmp_path / "run", ["--data", tmp_path, "--iterations", 1]
+    detect(out, *flags)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    source, val = common.boxes.open_sources(str(tmp_path), "voc-c4")
+    for name, one, split in (("data_digest", source, "train"), ("val_digest", val, "val")):
+        expected = common.boxes.digest_with_boxes(one, str(tmp_path), split)
+        assert result[name] == header(out)["args"][name] == expected
+    annotation = tmp_path / "VOCdevkit/VOC2012/Annotations/000004.xml"
+    annotation.write_text(annotation.read_text().replace("<xmin>5<", "<xmin>15<"))
+    refused(capsys, *SMALL, *flags, "--out", out, match=r"\(data_digest was", script=detect_eval)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import care
 import common.run as run_module
@@ -500,3 +501,93 @@ def test_sync_bn_of_the_head(tmp_path, capsys, monkeypatch):
     del saved["args"]["sync_bn"]
     torch.save(saved, tmp_path / "all" / "last.pth")
     assert evaluated(capsys, tmp_path / "all", *RANDOM) == result
+
+
+# ------------------------------------------------------------------------------------ which images
+def class_photos(root, kinds, seed=0, count=10):
+    """Photos of one colour a class, in train and val; kinds: folder -> hue."""
+    for split in ("train", "val"):
+        for name, hue in kinds.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                rng = np.random.default_rng((seed, hue, i, split == "val"))
+                pixels = rng.integers(0, 60, (32, 32, 3), np.uint8)
+                pixels[..., hue % 3] += np.uint8(60 + 40 * (hue // 3))
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def test_a_result_is_of_the_images_that_are_there(tmp_path, capsys):
+    """Of a second folder with as many, never the first one's; what it is of is in all results."""
+    first = class_photos(tmp_path / "first", {"red": 0, "blue": 2})
+    second = class_photos(tmp_path / "second", {"rose": 2, "sky": 0}, seed=1)
+    flags = [*RANDOM, "--batch-size", 4, "--data"]
+    result = evaluated(capsys, tmp_path / "out", *flags, first)
+    digests = [data.digest_of(data.ImageFiles(first / split)) for split in ("train", "val")]
+    assert [result["data_digest"], result["val_digest"]] == digests
+    saved = torch.load(tmp_path / "out" / "classifier.pth", weights_only=True)
+    assert saved["trained"]["data_digest"] == digests[0]
+    refuse(capsys, "data_digest was", *flags, second, "--out", tmp_path / "out")
+
+    other = evaluated(capsys, tmp_path / "out", *flags, first, "--val",
+                      class_photos(tmp_path / "third", {"red": 0, "blue": 2}, 2) / "val")
+    assert other["data_digest"] == digests[0] and other["val_digest"] != digests[1]
+    neighbours = evaluated(capsys, tmp_path / "knn", *flags, second, "--knn")
+    assert neighbours["data_digest"] == data.digest_of(data.ImageFiles(second / "train"))
+
+    del saved["trained"]["data_digest"]  # an older classifier does not say
+    torch.save(saved, tmp_path / "old.pth")
+    again = evaluated(capsys, tmp_path / "e", *flags, first, "--evaluate", tmp_path / "old.pth")
+    assert again["data_digest"] is None and again["top1"] == result["top1"]
+
+
+@pytest.mark.parametrize("classes, folders", [
+    ([str(n) for n in range(1, 12)], [str(n) for n in range(11)]),  # from 1, and from 0
+    ([str(n) for n in range(12)], [f"{n:03}" for n in range(12)]),
+    ([f"{10 * n:04}" for n in range(12)], [str(10 * n) for n in range(12)]),
+    ([f"{10 * n:04}" for n in range(12)], [f"{n:02}" for n in range(12)]),
+    (["cat", "7", "dog"], ["2", "0", "1"]),
+])
+def test_numbered_folders_where_classes_may_be_numbers(classes, folders, tmp_path, capsys):
+    """By their values, or else their places among the classes, 2 before 10."""
+    classes = sorted(classes)
+    numeric = all(name.isdecimal() for name in classes)
+    in_order = sorted(classes, key=int) if numeric else classes
+    right = dict(zip(sorted(folders, key=int), in_order))
+    source = linear_eval.open_val(class_folders(tmp_path, folders, count=1), classes)
+    for index in range(len(source)):
+        folder = Path(source.path(index)).parent.name
+        assert classes[source.targets[index]] == right[folder]
+    assert source.classes == classes
+    first, last = min(folders, key=int), max(folders, key=int)
+    note, = capsys.readouterr().err.splitlines()
+    assert note.startswith(f"note: --val {tmp_path}: by number: {first} is {right[first]}, ")
+    assert note.endswith(f" ..., {last} is {right[last]}")
+
+
+@pytest.mark.parametrize("classes, folders", [
+    (["1", "2", "3"], ["4", "5", "6"]),
+    (["a", "b", "c"], ["1", "2", "3"]),
+    (["a", "b", "c"], ["0", "1", "01"]),
+    (["1", "2"], ["0", "1", "2"]),
+    (["a", "b"], ["0", "x"]),
+])
+def test_numbers_that_do_not_fit_are_refused(classes, folders, tmp_path):
+    with pytest.raises(care.InputError, match=f"differ from the {len(classes)} classes in"):
+        linear_eval.open_val(class_folders(tmp_path, folders, count=1), classes)
+
+
+def test_ranks_that_score_different_images_are_refused(tmp_path):
+    for rank, side in (("0", 40), ("1", 50)):
+        class_folders(tmp_path / rank / "val", data.Shapes.classes, count=1)
+        photo(0, side, side).save(tmp_path / rank / "val" / data.Shapes.classes[0] / "000.png")
+    flags = [*RANDOM, "--batch-size", 20, "--val", "val", "--out", "out"]
+    result = torchrun(2, "linear_eval.py", *LINEAR, *flags,
+                      folders=[tmp_path / "0", tmp_path / "1"])
+    assert result.codes == [2, 2] and "error: val_digest: rank 0 has " in result.stderr
+
+
+def test_a_folder_is_no_checkpoint(tmp_path, capsys):
+    refuse(capsys, "--pretrained: .*: is a folder; give a file, as encoder.pth in it",
+           "--pretrained", tmp_path, "--out", tmp_path)

@@ -24,9 +24,9 @@ import train
 from care import InputError
 from common import data, shapes
 from common import run as run_module
-from conftest import (CPU, RANDOM, ROOT, SMALL, Code, class_folders, final_line, gpu, images,
-                      memory, refused, same_encoder, same_log, single_thread, slow, start, steps,
-                      torchrun, train_small, wait_for_step)
+from conftest import (CPU, RANDOM, ROOT, SMALL, Code, class_folders, final_line, gpu, header,
+                      images, memory, photo, refused, same_encoder, same_log, single_thread, slow,
+                      start, steps, torchrun, train_small, wait_for_step)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KNOWN = ["resnet18" if flag == "thin" else flag for flag in SMALL]  # to processes not forked here
@@ -998,3 +998,107 @@ def test_ten_restarts_in_a_row(tmp_path):
     assert process.wait(300) == 0, output.read_text()
     launch(tmp_path / "other", 2, "train.py", *flags, "--out", tmp_path / "whole").wait(300)
     assert same_log(out, tmp_path / "whole") and same_encoder(out, tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------ which images
+def without_digest(out):
+    """Make a run's checkpoint one of before there were digests."""
+    path = Path(out) / "last.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["args"]["data_digest"], checkpoint["args"]["val_digest"]
+    torch.save(checkpoint, path)
+
+
+def test_another_folder_is_another_run(tmp_path, capsys):
+    """With as many images, in another place or in the same; also when the first has finished."""
+    images(tmp_path / "first", 16)
+    images(tmp_path / "second", 16, size=(50, 36))
+    out, flags = tmp_path / "run", ["--epochs", 1, "--data", tmp_path / "first"]
+    train_small(out, *flags)
+    encoder = (out / "encoder.pth").read_bytes()
+    digest = data.digest_of(data.ImageFiles(str(tmp_path / "first")))
+    assert header(out)["args"]["data_digest"] == digest
+    capsys.readouterr()
+    refused(capsys, *SMALL, *flags[:3], tmp_path / "second", "--out", out,
+            match=f"data was .*/first, is .*/second; data_digest was {digest}, is ")
+    (tmp_path / "first").rename(tmp_path / "away")
+    (tmp_path / "second").rename(tmp_path / "first")
+    refused(capsys, *SMALL, *flags, "--out", out, match=rf"\(data_digest was {digest}, is ")
+    assert (out / "encoder.pth").read_bytes() == encoder
+    assert torch.load(out / "last.pth", weights_only=True)["args"]["data_digest"] == digest
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_run_of_before_digests_goes_on_and_gets_one(stop, tmp_path, capsys):
+    """With one line, once; from then on it knows its images. Stopped, or finished."""
+    images(tmp_path / "set", 16)
+    out, flags = tmp_path / "run", ["--epochs", 1, "--data", tmp_path / "set"]
+    train_small(out, *flags, "--max-steps", stop)
+    without_digest(out)
+    capsys.readouterr()
+    (tmp_path / "set").rename(tmp_path / "moved")  # nothing tells that these are its images
+    refused(capsys, *SMALL, *flags[:3], tmp_path / "moved", "--out", out,
+            match=r"of another run \(data was")
+    (tmp_path / "moved").rename(tmp_path / "set")
+    train_small(out, *flags, "--max-steps", stop)
+    line, = capsys.readouterr().err.splitlines()
+    assert line == (f"note: {out}/last.pth: did not say of which images it is, only of how many; "
+                    f"now it is of those in {tmp_path}/set")
+    photo(99, 50, 50).save(tmp_path / "set" / "003.png")
+    refused(capsys, *SMALL, *flags, "--out", out, match="data_digest was")
+    photo(3, 40, 36).save(tmp_path / "set" / "003.png")
+    (tmp_path / "set").rename(tmp_path / "moved")
+    assert len(train_small(out, *flags[:3], tmp_path / "moved")) == 2
+    assert capsys.readouterr().err == (
+        f"note: the data has moved from {tmp_path}/set to {tmp_path}/moved\n")
+
+
+def test_scores_of_knn_are_all_of_the_same_images(tmp_path, capsys):
+    for split, count in (("train", 8), ("val", 4)):
+        class_folders(tmp_path / "set" / split, ["cat", "dog"], count)
+    out, flags = tmp_path / "run", ["--data", tmp_path / "set", "--knn-every", 1]
+    train_small(out, *flags, "--max-steps", 2)
+    photo(99, 50, 50).save(tmp_path / "set" / "val" / "cat" / "000.png")
+    capsys.readouterr()
+    refused(capsys, *SMALL, *flags, "--out", out, match=r"\(val_digest was")
+    train_small(out, *flags[:2], "--max-steps", 3)  # kNN is off
+    assert len(steps(out)) == 5  # two of them are scores
+
+
+def test_a_named_set_is_not_the_folder_of_its_name():
+    """Which lies where the name would, if it were a path; also in a run of before digests."""
+    parts = {"model": torch.nn.Module()}
+    for then, now in (("./shapes", "shapes"), ("shapes", "./shapes")):
+        checkpoint = {"args": {"data": then, "images": 4000}, "step": 1, "unreadable": [],
+                      "model": {}}
+        with pytest.raises(InputError, match=rf"\(data was {then}, is {now}\)"):
+            run_module.check_same_run("last.pth", checkpoint, {"data": now, "images": 4000}, parts,
+                                      (), {})
+        run_module.check_same_run("last.pth", checkpoint, {"data": then, "images": 4000}, parts,
+                                  (), {})
+
+
+def test_ranks_with_different_images_are_refused(tmp_path):
+    """With as many of them, in a folder of one name."""
+    for rank, side in (("0", 40), ("1", 50)):
+        images(tmp_path / rank / "set", 16, size=(side, 36))
+    result = torchrun(2, "train.py", *SMALL, "--data", "set", "--out", "run", "--max-steps", 1,
+                      folders=[tmp_path / "0", tmp_path / "1"])
+    assert result.codes == [2, 2]
+    assert "error: data_digest: rank 0 has " in result.stderr
+
+
+def test_names_of_any_bytes_never_end_a_run(tmp_path):
+    """Of data, classes, files passed over and --out: at its start, its end and when it goes on."""
+    folder, out = os.fsdecode(b"caf\xe9"), str(tmp_path / os.fsdecode(b"\xe9"))
+    for split in ("train", "val"):
+        class_folders(tmp_path / folder / split, [os.fsdecode(b"ch\xe8vre"), "dog"], 8)
+    (tmp_path / folder / "train" / "dog" / os.fsdecode(b"\xff")).write_bytes(b"")
+    flags = ["--data", tmp_path / folder, "--knn-every", 1, "--epochs", 1]
+    for stop in (1, 2):
+        result = torchrun(1, "train.py", *SMALL, *flags, "--max-steps", stop, "--out", out,
+                          before=print_strictly)
+        assert result.codes == [0], result.stderr
+    shown = result.stdout
+    assert "caf\\udce9/train (passed over: 1 \\udcff)" in shown
+    assert "step 2 of 2: encoder in " in shown and "\\udce9/encoder.pth" in shown

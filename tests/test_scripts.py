@@ -111,3 +111,24 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     name = "features.0.0.weight"
     first = mobilenet_v3_small().get_parameter(name)
     assert 0 < (momentum.get_parameter(name) - first).norm() < (saved[name] - first).norm()
+
+
+@pytest.mark.parametrize("name", ["train", "bench", "linear_eval", "semi_eval", "detect_eval",
+                                  "visualize", "tables"])
+def test_no_argument_is_empty(name, capsys):
+    """As a variable that is not set leaves it: files would go to / or to the current directory."""
+    parser = parser_of(importlib.import_module(name))
+    script, required = SimpleNamespace(main=parser.parse_args), []
+    for action in parser._actions:
+        if action.required:
+            required += [action.option_strings[-1], "1" if takes_numbers(action) else "random"]
+    texts = [action for action in parser._actions
+             if action.option_strings and action.nargs != 0 and not takes_numbers(action)
+             and action.dest not in ("launcher", "train_flags")]  # empty unless they are given
+    assert len(texts) >= 3
+    for action in texts:
+        flag = action.option_strings[-1]
+        for value in ("", " "):
+            values = [value] * (action.nargs if isinstance(action.nargs, int) else 1)
+            line = refused(capsys, *required, flag, *values, script=script)
+            assert f"{flag}: " in line or f"/{flag}: " in line, line

@@ -242,3 +242,27 @@ def test_a_signal_while_training(tmp_path, capsys):
 ])
 def test_bad_arguments_of_semi_eval(match, flags, tmp_path, capsys):
     refuse(capsys, match, *RANDOM, "--out", tmp_path, *flags)
+
+
+def test_lists_in_another_form_of_unicode(tmp_path):
+    """Names of a Mac's archive, in a list from Linux; and two files whose names look alike."""
+    images(tmp_path / "set" / "cat", 1)
+    (tmp_path / "set" / "cat" / "t\u00eate.png").write_bytes(b"")
+    for name in ("che\u0300vre.png", "fe\u0300ve.png", "f\u00e8ve.png"):
+        (tmp_path / "set" / "cat" / name).write_bytes(b"")
+    source = data.ImageFiles(tmp_path / "set", labelled=True)
+    names = ["cat/000.png", "cat/che\u0300vre.png"]
+    assert read_list(tmp_path, "ch\u00e8vre.png\n000.png", source) == names
+    assert read_list(tmp_path, "cat/ch\u00e8vre.png", source) == names[1:]
+    assert read_list(tmp_path, "te\u0302te.png", source) == ["cat/t\u00eate.png"]
+    assert read_list(tmp_path, "cat/f\u00e8ve.png", source) == ["cat/f\u00e8ve.png"]
+    with pytest.raises(care.InputError, match=r"\('f.xe8ve.png'\) is the name of 2 images"):
+        read_list(tmp_path, "f\u00e8ve.png", source)
+
+
+def test_a_refused_run_changes_nothing(tmp_path, capsys):
+    """subset.txt stays the list of the images that were trained on."""
+    evaluated(capsys, tmp_path, *RANDOM)
+    listed = (tmp_path / "subset.txt").read_text()
+    refuse(capsys, "seed was 0, is 1", *RANDOM, "--seed", 1, "--out", tmp_path)
+    assert (tmp_path / "subset.txt").read_text() == listed

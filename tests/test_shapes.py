@@ -131,3 +131,8 @@ def test_scenes_hide_what_is_behind():
         assert all(np.array_equal(box, shapes.mask_box(mask)) for box, mask in zip(boxes, masks))
         counts += labels
     assert min(counts) == 0 and max(counts) == 9
+
+
+def test_versions_of_the_embedded_sets():
+    """Raise a set's number when its images change: the levels above are of these versions."""
+    assert list(shapes.DIGESTS.values()) == ["shapes 1", "clutter 1", "scenes 1"]

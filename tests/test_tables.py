@@ -14,7 +14,7 @@ import pytest
 
 import linear_eval
 import tables
-from common import data
+from common import data, shapes
 from conftest import ROOT, refused
 
 QUICK = ["--only", "table1a", "--seeds", "0"]
@@ -599,3 +599,16 @@ def test_lines_of_untuned_encoders_do_not_go_on_as_tuned(pretence, monkeypatch, 
     page = tables.page(tables.parse_args(["--tuned"]), tables.read_results("docs/tables.json"))
     flags = " ".join(tables.flags_of(tables.CONFIGURATIONS[0]))
     assert f"BYOL: `{flags}`. CARE: `{flags}`." in page.replace("\n", " ")
+
+
+def test_scores_of_other_images_are_not_mixed(pretence, monkeypatch, capsys):
+    """A line of before digests is of a set's first images."""
+    tables.main([*QUICK, "--rows", "care", "random"])
+    lines = lines_of()
+    for line in lines:
+        for settings in line["settings"].values():
+            assert settings.pop("data_digest") == "clutter 1"
+    Path("docs/tables.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tables.main([*QUICK, "--rows", "care", "random"])
+    monkeypatch.setitem(shapes.DIGESTS, shapes.render_clutter, "clutter 2")
+    refused(capsys, *QUICK, script=tables, match="data_digest of .*'clutter 1', is 'clutter 2'")

@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import shutil
+import shlex
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,13 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import care
+import linear_eval
 import train
 from care import CARE, Encoder
 from common import data, views
 from common import run as run_module
 from common.run import Run
-from conftest import (CPU, SMALL, gpu, header, images, memory, refused, same_encoder, same_log,
-                      steps, torchrun, train_small)
+from conftest import (CPU, SMALL, class_folders, gpu, header, images, memory, refused,
+                      same_encoder, same_log, steps, torchrun, train_small)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = SimpleNamespace(autocast=contextlib.nullcontext(),  # of a run in float32
@@ -861,3 +863,21 @@ def test_sync_bn_on_a_cpu_is_one_line(tmp_path, capsys):
                                        "nothing is synchronised there\n")
     refused(capsys, *SMALL, "--out", tmp_path, match="sync_bn was cnn, is all")
     refused(capsys, *SMALL, "--out", tmp_path, "--sync-bn", "head", match="invalid choice: 'head'")
+
+
+# ----------------------------------------------------------------------------- lines to be typed
+def test_what_is_printed_to_be_typed_can_be_typed(tmp_path, capsys):
+    """The recipe and the next command, with folders that have a space, a quote and a dollar."""
+    folder, out = tmp_path / "my photos", tmp_path / "it's $mine"
+    for split in ("train", "val"):
+        class_folders(folder / split, ["cat", "dog"], count=8)
+    flags = ["--data", folder, "--data-root", tmp_path / "a b", "--knn-every", 1, "--epochs", 1]
+    train_small(out, *flags)
+    lines = capsys.readouterr().out.splitlines()
+    python, script, *words = shlex.split(lines[-1].removeprefix("next: "))
+    assert (python, script) == ("python", "linear_eval.py")
+    args = linear_eval.parse_args(words)
+    assert (args.data, args.pretrained) == (str(folder), f"{out}/encoder.pth")
+    assert args.data_root == str(tmp_path / "a b")
+    args = train.parse_args(shlex.split(lines[0].removeprefix("recipe: ")))
+    assert args.data == str(folder) and args.epochs == 1

@@ -504,3 +504,15 @@ def test_visualize_imports_nothing_above_it():
     assert imported & scripts == {"care"}
     assert {name for name in imported if name.startswith("common")} == {
         f"common.{name}" for name in ("data", "draw", "ranks", "run", "views", "weights")}
+
+
+def test_scores_and_folders_say_of_which_images_they_are(tmp_path, capsys):
+    draw("--pretrained", "random", "--arch", "thin", "--image-size", 32, "--samples", 2,
+         "--images", "clutter", "--out", tmp_path / "a.png")
+    result = json.loads((tmp_path / "a.jsonl").read_text())
+    assert result["data_digest"] == "clutter 1"
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
+    capsys.readouterr()
+    draw("--pretrained", "random", "--arch", "thin", "--image-size", 32, "--images", tmp_path,
+         "--out", tmp_path / "c.png")
+    assert f"note: 2 images in {tmp_path} (passed over: 1 .jsonl)" in capsys.readouterr().err
