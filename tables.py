@@ -343,7 +343,7 @@ def parse_args(argv=None):
              "paper's encoders and epochs (default clutter)")
     add("--only", choices=TABLES, nargs="+", metavar="TABLE",
         help=f"these tables: {', '.join(TABLES)} (default: all)")
-    add("--rows", "--encoders", dest="rows", nargs="+", metavar="ROW",
+    add("--rows", "--encoders", type=not_empty, dest="rows", nargs="+", metavar="ROW",
         help=f"these rows: {', '.join(VARIANTS)}, random, supervised, or an encoder as --list has "
              "it (default: all)")
     add("--seeds", type=natural, nargs="+",

@@ -26,7 +26,8 @@ from common.data import (NAMED_SETS, RECIPES, Stream, describe, digest_of, open_
 from common.knn import knn, rankme
 from common.ranks import agree, fail, note, parallelise, user_errors
 from common.run import (Run, add_data_arguments, add_run_arguments, check_compiler, checked, count,
-                        fraction, natural, new_parser, not_negative, positive, use_recipe)
+                        fraction, natural, new_parser, not_empty, not_negative, positive,
+                        use_recipe)
 from common.views import TwoViews, augment
 from common.weights import load_encoder, sha256_of_file, start_from
 
@@ -92,7 +93,7 @@ def add_arguments(parser):
     add("--tau-base", type=fraction,
         help="momentum coefficient tau at the start, Sec. 4.1; short runs want a smaller one "
              f"{by_data('tau_base')}")
-    add("--init", metavar="FILE",
+    add("--init", type=not_empty, metavar="FILE",
         help="start from weights: of a last.pth of train.py all, predictors too; of any other file "
              "the ResNet, as --pretrained of linear_eval.py reads it. --arch and --stem are read "
              "off it unless given")
