@@ -509,7 +509,7 @@ def transfer(run, args):
 
     scores = None if run.unfinished() else evaluate(run, args, model, val)
     if scores is None:
-        run.finish(run.unfinished() or "stopped while scoring; the same command goes on")
+        run.finish(run.unfinished() or "stopped while scoring; the same command resumes it")
         return
     metric = "VOC07, 11 points of recall" if args.protocol == "voc-c4" else "COCO"
     result = {**scores, "metric": metric, "encoder": args.pretrained, **vars(args),

@@ -233,7 +233,7 @@ def evaluate(run, args, model, source, what="val"):
     return tuple((100 * correct.double() / len(source)).tolist())
 
 
-def stop(run, message="stopped while scoring; the same command goes on"):
+def stop(run, message="stopped while scoring; the same command resumes it"):
     """Leave the script after a signal, or after --max-steps."""
     run.finish(message)
     raise SystemExit(0)

@@ -11,10 +11,10 @@
                                    chose
 
 Starts the scripts as a user does: each pretraining once, then the scores that
-need it. A finished score is a line of --results, and the page beside it,
-NAME.md, is made from these lines. The same command again goes on where it
-stopped. A line of another command, other flags or another protocol is refused
-by name. A job that fails is reported at the end and does not end the others.
+need it. A finished score is a line of --results, and the page beside it, NAME.md,
+is made from these lines. The same command again resumes. A line of another
+command, other flags or another protocol is refused by name. A job that fails is
+reported at the end and does not end the others.
 """
 import fcntl
 import json
@@ -696,7 +696,7 @@ def run_job(args, job, before):
     else:
         ended = "".join(lines[-1:]).startswith("{")
     if not ended:
-        raise RuntimeError("stopped before its end; the same command goes on")
+        raise RuntimeError("stopped before its end; the same command resumes it")
     if job.score == "pretraining":
         return None
     result = {"figure": job.out} if job.score == "photos" else json.loads(lines[-1])
@@ -1121,7 +1121,7 @@ def main(argv=None):
     try:
         failed = run_all(args, jobs, results)
     except KeyboardInterrupt:
-        fail("stopped; the same command goes on", code=1)
+        fail("stopped; the same command resumes it", code=1)
     results = read_results(args.results)
     lacking = [job for job in jobs.values() if job.lacks]
     for line in dict.fromkeys(f"{job.encoder}, {job.score}: needs {job.lacks}" for job in lacking):

@@ -12,7 +12,6 @@ Sections, equations, tables and figures are those of arxiv.org/abs/2110.05340;
 the release is the authors' code. The C-stream is the CNN's, the T-stream the
 transformer's.
 """
-import contextlib
 import math
 import shlex
 from functools import partial
@@ -24,7 +23,7 @@ from care import ARCHS, ATT_LOSSES, CARE, METHODS, POSITIONS, TAPS, InputError, 
 from common.data import (NAMED_SETS, RECIPES, Stream, describe, digest_of, open_images,
                          open_labelled)
 from common.knn import knn, rankme
-from common.ranks import agree, fail, note, parallelise, user_errors
+from common.ranks import max_over_ranks, fail, gradient_exchange, note, parallelise, user_errors
 from common.run import (Run, add_data_arguments, add_run_arguments, check_compiler, checked, count,
                         fraction, natural, new_parser, not_empty, not_negative, positive,
                         use_recipe)
@@ -282,8 +281,8 @@ def model_args(args):
 
 
 def load_init(run, args, model):
-    """The weights of --init, unless an earlier run goes on. Exit code 2 if they do not fit."""
-    if agree(run.rank == 0 and Path(args.out, "last.pth").exists()):
+    """The weights of --init, unless an earlier run is resumed. Exit code 2 if they do not fit."""
+    if max_over_ranks(run.rank == 0 and Path(args.out, "last.pth").exists()):
         return
     remarks = []
     with user_errors():
@@ -317,23 +316,23 @@ def make_views(batch, device, mode):
     return views
 
 
-# Idle: but while it lasts autocast keeps the weights it has cast, for both view orders.
-@torch.autocast("cpu", enabled=False)
+@torch.autocast("cpu", enabled=False)  # outermost: each weight is cast once, for both view orders
 def pretrain_step(parallel, optimizer, run, batches, views_of, lr, tau):
     """One optimiser and momentum step; views_of(batch) gives a batch's x1, x2, (B, 3, H, W) each.
 
-    -> losses, summed over both view orders, and mean stds: scalars on the device, by name.
+    parallel: a CARE, or its DDP. -> losses, summed over both view orders, and stds, averaged over
+    them: scalars on the device, by name.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_factor", 1)
     optimizer.zero_grad(set_to_none=True)
     meters = {}
-    for part, batch in enumerate(batches, 1):
+    for number, batch in enumerate(batches, 1):
         x1, x2 = views_of(batch)
-        for x, y in ((x1, x2), (x2, x1)):  # one order at a time: only its activations are alive
-            last = part == len(batches) and x is x2
-            wait = not last and hasattr(parallel, "no_sync")  # ranks exchange gradients once a step
-            with parallel.no_sync() if wait else contextlib.nullcontext():
+        last = number == len(batches)
+        # one view order at a time: only its activations are alive
+        for x, y, exchange in ((x1, x2, False), (x2, x1, last)):
+            with gradient_exchange(parallel, exchange):  # once a step
                 with run.autocast:
                     out = parallel(x, y)
                 run.scaler.scale(out["loss"] / len(batches)).backward()
@@ -344,6 +343,40 @@ def pretrain_step(parallel, optimizer, run, batches, views_of, lr, tau):
     run.scaler.update()
     getattr(parallel, "module", parallel).update_momentum(tau)
     return meters
+
+
+# ----------------------------------------------------------------------- kNN and RankMe on the way
+def watched_before(run):
+    """kNN's and RankMe's values in the log of an earlier start, on rank 0: by name, by step."""
+    watched = {"knn": {}, "rankme": {}}
+    for line in run.lines:
+        for name in watched.keys() & line.keys():
+            if "step" in line:
+                watched[name][line["step"]] = line[name]
+    return watched
+
+
+def watch_when_due(run, args, encoder, images, watched, steps_per_epoch, step):
+    """Log kNN's top-1 on val and RankMe after `step`, each if it is due and not yet in `watched`.
+
+    images: those to train on, kNN's bank and val. A copy of the encoder is scored.
+    """
+    source, bank, val = images
+    for name, every in (("knn", args.knn_every), ("rankme", args.rank_every)):
+        due = every and step % (every * steps_per_epoch) == 0
+        if not due or max_over_ranks(step in watched[name]):
+            continue
+        run.save()  # measuring may be interrupted
+        if name == "knn":
+            scores = knn(run, args, encoder, bank, val, ks=(20,))
+            value = scores and scores["top1"]
+        else:
+            value = rankme(run, args, encoder, source)
+        if value is None:  # a signal
+            return
+        watched[name][step] = value
+        run.log({"step": step, "epoch": step // steps_per_epoch, name: value})
+        run.show(**{name: f"{value:.1f}"})
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -400,45 +433,21 @@ def pretrain(run, args):
         defaults=vars(parse_args([])),  # before a flag existed, all sets had the paper's value
         model_args=model_args(args))
     if args.init and start:
-        note(f"{args.out}/last.pth goes on with its own weights; --init {args.init} is not loaded")
+        note(f"{args.out}/last.pth keeps its own weights; --init {args.init} is not loaded")
     parallel = parallelise(model, run.device, synchronised(model, args.sync_bn))
-    watched = {"knn": {}, "rankme": {}}  # by step
-    for line in run.lines:
-        for name in watched.keys() & line.keys():
-            if "step" in line:
-                watched[name][line["step"]] = line[name]
-
-    def top1():
-        scores = knn(run, args, encoder, bank, val, ks=(20,))
-        return scores and scores["top1"]
-
-    def rank():
-        return rankme(run, args, encoder, source)
-
-    def watch(step):
-        """Log kNN's top-1 on val and RankMe after `step`, each if it is due and has not been."""
-        for name, every, measure in (("knn", args.knn_every, top1),
-                                     ("rankme", args.rank_every, rank)):
-            due = every and step % (every * steps_per_epoch) == 0
-            if not due or agree(step in watched[name]):
-                continue
-            run.save()  # measuring may be interrupted
-            value = measure()
-            if value is None:  # a signal
-                return
-            watched[name][step] = value
-            run.log({"step": step, "epoch": step // steps_per_epoch, name: value})
-            run.show(**{name: f"{value:.1f}"})
+    watched = watched_before(run)
 
     # the loop: lr, views, two half steps, optimiser, momentum update; log, save, watch. The model
     # stays in train mode; kNN and RankMe take a copy.
     two_views = TwoViews(args.image_size, args.augment, args.crop_min)
     stream = Stream(source, two_views, args.seed, steps_per_epoch * args.batch_size)
     views_of = partial(make_views, device=run.device, mode=args.augment)
+    watch = partial(watch_when_due, run, args, encoder, (source, bank, val), watched,
+                    steps_per_epoch)
     watch(start)
     for step, batches in run.batches(stream, args.batch_size, args.accum_steps):
         lr = lr_at(step, total_steps, warmup_steps, peak_lr)
-        tau = tau_at(step + 1, total_steps, args.tau_base)
+        tau = tau_at(step + 1, total_steps, args.tau_base)  # of the update after this step
         meters = pretrain_step(parallel, optimizer, run, batches, views_of, lr=lr, tau=tau)
         epoch = (step + 1) / steps_per_epoch
         kept = args.keep_epochs and epoch % args.keep_epochs == 0

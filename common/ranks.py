@@ -147,7 +147,7 @@ def leave_ranks():
 
 
 # ----------------------------------------------------------------------------------------- exchange
-def agree(flag):
+def max_over_ranks(flag):
     """The largest of the ranks' integers; without torchrun, the integer itself."""
     flag = torch.tensor(int(flag))
     if dist.is_initialized():
@@ -211,7 +211,7 @@ def user_errors(code=2, what=""):
         yield
     except (InputError, OSError) as error:
         message = f"{what}{error}"
-    if agree(message is not None):  # one number a batch; texts are exchanged only if there is one
+    if max_over_ranks(message is not None):  # one number; texts only where there is one
         messages = [one for one in gather(message) if one is not None]
         fail(messages[0], code)
 
@@ -298,3 +298,10 @@ def parallelise(model, device, synchronised=None):
         warnings.simplefilter("ignore", FutureWarning)  # newer versions rename broadcast_buffers
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False,
                                                    gradient_as_bucket_view=True)
+
+
+def gradient_exchange(parallel, now):
+    """A context for a backward pass: in it DDP averages gradients over the ranks only if `now`."""
+    if now or not hasattr(parallel, "no_sync"):
+        return contextlib.nullcontext()
+    return parallel.no_sync()

@@ -38,7 +38,7 @@ except ModuleNotFoundError:  # Windows
 
 from care import InputError
 from common.data import (NAMED_SETS, Failed, Stream, collate, file_of, recipe_of, stream_batches)
-from common.ranks import (agree, average, fail, gather, join_ranks, leave_ranks, note,
+from common.ranks import (max_over_ranks, average, fail, gather, join_ranks, leave_ranks, note,
                           same_on_all_ranks, user_errors)
 from common.weights import check_state, load_checkpoint
 
@@ -304,7 +304,7 @@ class Run:
                     batches.append(next(loaded))
             except (InputError, OSError) as error:
                 failure = error
-            if agree(bool(self.signals) or failure is not None):
+            if max_over_ranks(bool(self.signals) or failure is not None):
                 break
             for *_, bad in batches:
                 self.unreadable.note(bad)
@@ -348,7 +348,7 @@ class Run:
         """
         values = average(self.meters)
         finite = is_finite(self.parts["model"]) and all(map(math.isfinite, values.values()))
-        if agree(not finite):
+        if max_over_ranks(not finite):
             text = ", ".join(f"{name} {value:g}" for name, value in values.items())
             message = (f"error: {self.out}: step {self.step}: loss or weights not finite ({text}); "
                        "the last good checkpoint stays; try a smaller learning rate")
@@ -385,8 +385,8 @@ class Run:
             return f"{where}: already beyond --max-steps {most}"
         if self.step == most:
             return (f"{where}: as --max-steps says; with a larger one, or without it, the same "
-                    "command goes on")
-        return f"{where}: stopped, the same command goes on"
+                    "command resumes it")
+        return f"{where}: stopped, the same command resumes it"
 
     # -------------------------------------------------------------------------------- scoring
     def in_order(self, source, transform, what, batch_size=SCORING_BATCH, collate=collate,
@@ -402,7 +402,7 @@ class Run:
         share, size = range(self.rank, len(source), self.world), max(1, batch_size // self.world)
         numbers = [share[i:i + size] for i in range(0, len(share), size)]
         loaded = load_batches(stream, numbers, self.args.workers, self.device, collate)
-        most = agree(len(numbers))  # other ranks may have one more
+        most = max_over_ranks(len(numbers))  # other ranks may have one more
         for _ in tqdm(range(most), desc=what, leave=False, disable=self.rank > 0 or None):
             with user_errors():
                 batch = next(loaded, None)
@@ -417,7 +417,7 @@ class Run:
 
     def stopping(self):
         """Whether a signal has asked any rank to stop. Every rank calls this."""
-        return bool(agree(bool(self.signals)))
+        return bool(max_over_ranks(bool(self.signals)))
 
     # ----------------------------------------------------------------------- output, and the end
     def write(self, name, state):

@@ -458,14 +458,14 @@ def test_a_run_resumes_exactly_and_scores(protocol, iterations, few, tmp_path, c
     with monkeypatch.context() as patch:  # a signal while scoring
         patch.setattr(common.run, "catch_signals", lambda: [signal.SIGTERM])
         detect(tmp_path / "whole", *flags)
-    assert capsys.readouterr().out.endswith("stopped while scoring; the same command goes on\n")
+    assert capsys.readouterr().out.endswith("stopped while scoring; the same command resumes it\n")
 
     torch.rand(7)  # the random state outside the script does not matter
     half = iterations // 2
     detect(tmp_path / "cut", *flags, "--max-steps", half)
     assert capsys.readouterr().out.endswith(
         f"cut: step {half} of {iterations}: as --max-steps says; with a larger one, or without it, "
-        "the same command goes on\n")
+        "the same command resumes it\n")
     detect(tmp_path / "cut", *flags)
     assert same_log(tmp_path / "cut", tmp_path / "whole")
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -531,7 +531,7 @@ def test_a_signal_stops_training_with_a_checkpoint(few, tmp_path, capsys, monkey
     monkeypatch.setattr(common.run, "catch_signals", lambda: received)
     monkeypatch.setattr(detect_eval, "train_step", train_step)
     detect(tmp_path, "--data", "shapes:4", "--iterations", 3)
-    assert "step 1 of 3: stopped, the same command goes on" in capsys.readouterr().out
+    assert "step 1 of 3: stopped, the same command resumes it" in capsys.readouterr().out
     assert torch.load(tmp_path / "last.pth", weights_only=True)["step"] == 1
 
 

@@ -288,10 +288,10 @@ def test_linear_evaluation_on_two_ranks(few_validation_images, tmp_path, capsys,
 
 # ------------------------------------------------------------------------------- signals, bad input
 def test_a_signal_while_training(tmp_path, capsys):
-    """It saves and stops; the same command goes on."""
+    """It saves and stops; the same command resumes it."""
     with signal_after_step(1):
         line = stop_early(capsys, tmp_path, *RANDOM)
-    assert line == f"{tmp_path}: step 1 of 6: stopped, the same command goes on"
+    assert line == f"{tmp_path}: step 1 of 6: stopped, the same command resumes it"
     assert torch.load(tmp_path / "last.pth", weights_only=True)["step"] == 1
     assert "top1" in evaluated(capsys, tmp_path, *RANDOM)
     assert [line["step"] for line in steps(tmp_path)] == [1, 2, 3, 4, 5, 6]
@@ -300,7 +300,7 @@ def test_a_signal_while_training(tmp_path, capsys):
 def test_a_signal_while_scoring_knn(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_module, "catch_signals", lambda: [signal.SIGTERM])
     line = stop_early(capsys, tmp_path, *RANDOM, "--knn")
-    assert line == "stopped while scoring; the same command goes on"
+    assert line == "stopped while scoring; the same command resumes it"
     monkeypatch.setattr(run_module, "catch_signals", list)
     assert "top1" in evaluated(capsys, tmp_path, *RANDOM, "--knn")
     assert not list(tmp_path.rglob("last.pth"))
@@ -316,7 +316,7 @@ def test_a_signal_while_scoring_val(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_module, "catch_signals", lambda: received)
     monkeypatch.setattr(linear_eval, "fit", fit_and_stop)
     line = stop_early(capsys, tmp_path, *RANDOM)
-    assert line == "stopped while scoring; the same command goes on"
+    assert line == "stopped while scoring; the same command resumes it"
     assert not (tmp_path / "classifier.pth").exists()
 
 
@@ -476,7 +476,7 @@ def test_bad_places_for_features(tmp_path, capsys, monkeypatch):
     (tmp_path / "folder.npz").rmdir()
     monkeypatch.setattr(run_module, "catch_signals", lambda: [signal.SIGTERM])
     line = stop_early(capsys, tmp_path, *flags, tmp_path / "f.npz")
-    assert line == "stopped while scoring; the same command goes on"
+    assert line == "stopped while scoring; the same command resumes it"
     assert not list(tmp_path.glob("*.npz*"))
 
 

@@ -178,10 +178,10 @@ def test_the_end_says_how_to_go_on(signalled, tmp_path, monkeypatch, capsys):
     train_small(tmp_path, "--max-steps", 4)
     shown = capsys.readouterr().out.splitlines()[-1]
     if signalled == 3:
-        assert shown == f"{tmp_path}: step 3 of 8: stopped, the same command goes on"
+        assert shown == f"{tmp_path}: step 3 of 8: stopped, the same command resumes it"
     else:
         assert shown == (f"{tmp_path}: step 4 of 8: as --max-steps says; with a larger one, or "
-                         "without it, the same command goes on")
+                         "without it, the same command resumes it")
 
 
 # --------------------------------------------------------------------- mistakes of users, and slips
@@ -456,7 +456,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(long_reference, tmp_path):
         assert process.exitcode == 0
         before, done = done, saved_step(out)
         assert before + 3 <= done < 32 and steps(out)[-1]["step"] == done
-        endings.append(f"{out}: step {done} of 32: stopped, the same command goes on")
+        endings.append(f"{out}: step {done} of 32: stopped, the same command resumes it")
     shown = Path(f"{out}.out").read_text().splitlines()
     assert shown[2::3] == endings and Path(f"{out}.err").read_text() == ""
     train.main([*LONG, "--out", str(out)])

@@ -222,11 +222,11 @@ def test_a_written_list_gives_the_same_images_back(nested, tmp_path, capsys):
 
 # ------------------------------------------------------------------------------- signals, bad input
 def test_a_signal_while_training(tmp_path, capsys):
-    """It saves and stops; the same command goes on."""
+    """It saves and stops; the same command resumes it."""
     with signal_after_step(1):
         line = stop_early(capsys, tmp_path, *RANDOM)
     out = tmp_path / "final_lr0.05_epochs2"
-    assert line == f"{out}: step 1 of 4: stopped, the same command goes on"
+    assert line == f"{out}: step 1 of 4: stopped, the same command resumes it"
     assert torch.load(out / "last.pth", weights_only=True)["step"] == 1
     assert "top1" in evaluated(capsys, tmp_path, *RANDOM)
     assert [line["step"] for line in steps(out)] == [1, 2, 3, 4]

@@ -63,7 +63,7 @@ def lines_of(path="docs/tables.json"):
 
 # ------------------------------------------------------------------------------------------ running
 def test_two_cells_interrupted_and_continued(tmp_path, monkeypatch, capsys):
-    """SIGTERM while an encoder trains; the same command goes on; a third starts nothing."""
+    """SIGTERM while an encoder trains; the same command resumes it; a third starts nothing."""
     monkeypatch.setitem(tables.TABLES["table1a"], "miniature",
                         tables.TABLES["table1a"]["miniature"] | {"columns": ["kNN"]})
     flags = [*REAL, "--train-flags", TRAIN, "--jobs", "2"]  # a thread each
@@ -78,7 +78,7 @@ def test_two_cells_interrupted_and_continued(tmp_path, monkeypatch, capsys):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.02)
     process.terminate()
-    assert process.communicate()[1] == "error: stopped; the same command goes on\n"
+    assert process.communicate()[1] == "error: stopped; the same command resumes it\n"
     assert process.returncode == 1
     results = "docs/tables_shapes.json"
     assert not Path(results).exists()
@@ -159,8 +159,8 @@ def test_the_error_of_a_script_is_told(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("stopped, said", [
-    ("train.py", "step 3 of 9: stopped, the same command goes on"),
-    ("linear_eval.py", "stopped while scoring; the same command goes on")])
+    ("train.py", "step 3 of 9: stopped, the same command resumes it"),
+    ("linear_eval.py", "stopped while scoring; the same command resumes it")])
 def test_a_job_that_a_signal_stopped_is_not_finished(stopped, said, monkeypatch, capsys):
     """It ends with exit code 0: a half-trained encoder must not be scored, no score not kept."""
     monkeypatch.setattr(tables, "start",

@@ -644,7 +644,7 @@ def test_a_signal_during_knn_saves_first(score, labelled, tmp_path, monkeypatch,
     monkeypatch.setattr(train, "knn", interrupted)
     train_small(tmp_path / "parts", *flags)
     if score < 2:
-        ending = f"/parts: step {4 * score} of 8: stopped, the same command goes on"
+        ending = f"/parts: step {4 * score} of 8: stopped, the same command resumes it"
         assert f"{tmp_path}{ending}" in capsys.readouterr().out
     assert sum("knn" in line for line in steps(tmp_path / "parts")) == score
     assert saved() == 4 * score
@@ -822,7 +822,7 @@ def test_a_run_begun_from_weights_resumes(weights_of_another, tmp_path, capsys):
     train_small(parts, "--init", file, "--max-steps", 3)
     assert capsys.readouterr().err == ""
     train_small(parts, "--init", file, "--max-steps", 5)
-    line = f"note: {parts}/last.pth goes on with its own weights; --init {file} is not loaded\n"
+    line = f"note: {parts}/last.pth keeps its own weights; --init {file} is not loaded\n"
     assert capsys.readouterr().err == line
     flags = [*SMALL, "--out", parts]
     refused(capsys, *flags, match=f"init_sha256 was {sha256}, is None")
