@@ -69,7 +69,7 @@ def other_names(name, kind):
 
 
 def read_subset(path, source):
-    """Indices of the images in a list, one a line, by names_of, or shorter if that tells which.
+    """Indices of the images in a list, one per line: names as in names_of, or unique shorter ones.
 
     Bytes that are no UTF-8 are kept, as in names of files; a byte-order mark and the line ends of
     Windows are no part of a name. InputError if a name is unknown or of several images, or a class

@@ -222,7 +222,7 @@ def recipe_flags(args):
 
 
 def ending(args, scores):
-    """The last lines of a whole run: its encoder, its kNN scores by step, what to type next."""
+    """Return the last lines of a finished run: its encoder, its kNN scores, the next command."""
     lines = [f"encoder in {args.out}/encoder.pth"]
     if args.init:
         lines[0] += f", begun from {args.init} (sha256 {args.init_sha256})"

@@ -54,12 +54,12 @@ IMAGENETTE = {"train": 9469, "val": 3925}  # images
 
 
 def recipe_of(data):
-    """What runs with a --data: a named set's recipe, or `folder`'s."""
+    """Return the settings of a --data: those of a named set, or those of a folder."""
     return RECIPES.get(data.partition(":")[0], RECIPES["folder"])
 
 
 # ------------------------------------------------------------------------------------- image files
-OUTAGES = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # what a network disk says when it is away
+OUTAGES = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # of a network disk that is away
 PAUSES = (1, 2, 4, 8, 16, 30)  # seconds between attempts, about a minute in all
 
 
@@ -394,7 +394,7 @@ def one_form(name):
 def open_labelled(args, count=None):
     """Training and validation images of --data -> train, val.
 
-    count: train becomes that many of its images, of every class as many, in every run the same.
+    count: use only that many training images, equally many of each class, the same in every run.
     InputError for images without classes, other classes in val, or a count below that of classes.
     """
     where = {"data_root": args.data_root, "size": max(args.image_size)}
@@ -458,7 +458,7 @@ def split_by_class(labels, per_class, seed):
 
 # ------------------------------------------------------------------------------------------ stream
 class Failed:
-    """An error in place of a sample and its batch: as data it leaves a loading process whole."""
+    """An error in place of a sample: returned as data, since it must cross a process boundary."""
 
     def __init__(self, error):
         self.error = error

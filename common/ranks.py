@@ -156,7 +156,7 @@ def max_over_ranks(flag):
 
 
 def gather(value):
-    """Every rank's value, by rank; each must call this. Without torchrun, a list of the one."""
+    """Return all ranks' values in a list; every rank calls this. One process: a list of one."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -204,7 +204,7 @@ def note(message):
 def user_errors(code=2, what=""):
     """A mistake in the input, or a refusal of the system, on any rank: one line, and all ranks end.
 
-    Only InputError and OSError: a slip is a traceback. Inside, ranks exchange nothing else.
+    Only InputError and OSError: a bug stays a traceback. Ranks exchange nothing else inside.
     """
     message = None
     try:
@@ -217,7 +217,7 @@ def user_errors(code=2, what=""):
 
 
 def same_on_all_ranks(**facts):
-    """Exit code 2, naming both values, unless all ranks have the same ones."""
+    """Exit with code 2, naming both values, if a fact differs between ranks."""
     ranks = gather(facts)
     for name in facts:
         for rank, other in enumerate(ranks):

@@ -1,4 +1,4 @@
-"""How a script runs: one class, `Run`, its arguments, and what its directory holds.
+"""The class `Run`, which every training or evaluation script makes first, and its arguments.
 
 A run's directory holds last.pth (what resuming needs, written whole or not at all), log.jsonl (a
 line of arguments and versions, then one per logged step) and lock (held by a live process). The
@@ -59,7 +59,7 @@ def new_parser(doc):
 
 
 def checked(kind, wanted, fits):
-    """A type= of argparse: kind(text) where that fits; else an error that says what is wanted."""
+    """A type= of argparse: kind(text) if that fits, else an error that says what is wanted."""
     def parse(text):
         with contextlib.suppress(ValueError):
             value = kind(text)
@@ -160,7 +160,7 @@ class Diverged(SystemExit):
 
 
 class Run:
-    """A script's handle on ranks, device, precision, and the directory, log and checkpoints.
+    """Ranks, device, precision, run directory, log and checkpoints of a script, as one object.
 
     `with Run(args, FREE) as run:` around all that a script does: should memory run out in it, what
     is done is saved, and the error is one line.
@@ -226,7 +226,7 @@ class Run:
         return f"saved is step {self.saved} of {self.total}"
 
     def within(self, args):
-        """The same ranks and device with other arguments, in args.out, a directory below."""
+        """A Run of the same ranks and device with other arguments, in args.out, a folder below."""
         other = copy.copy(self)
         other.args, other.out = args, args.out
         other.autocast, other.scaler = set_precision(args, self.device)
@@ -245,9 +245,9 @@ class Run:
         """Load `parts`, by name, from last.pth and begin the log -> steps done, 0 without a file.
 
         total: steps of the whole run. exports: modules whose weights are also written to files of
-        their own, by file name. defaults: what an argument was before it existed. more: plain
-        values for the checkpoint. Rank 0 reads for all, so that all resume from the same step. A
-        checkpoint of before data_digest gets that of the images that are there.
+        their own, by file name. defaults: an argument's value in runs from before it existed.
+        more: plain values for the checkpoint. Rank 0 reads for all, so that all resume from the
+        same step. A checkpoint from before data_digest gets that of the images that are there.
         Exit code 2 when the file is damaged, or of a run in which another argument differs.
         """
         self.same_arguments()
@@ -283,10 +283,10 @@ class Run:
         return self.step
 
     def batches(self, stream, batch_size, accum_steps=1, collate=collate, numbers=stream_batches):
-        """Yields a step's number and its batches, one an accumulation step, from where it stands.
+        """Yields each step's number and its batches, one per accumulation step, from `step` on.
 
         All ranks end together: at `stop`, on a signal, or when data cannot be read on any of them.
-        Then what is done is saved, and an error is one line and exit code 2.
+        Then the last step is saved, and an error is reported in one line with exit code 2.
         """
         self.batch_size, self.unreadable = batch_size, Unreadable(stream, self.known)
         buffers = list(self.parts["model"].buffers())  # statistics, counts; and before each step
@@ -319,7 +319,7 @@ class Run:
                 raise failure
 
     def after(self, done, meters, keep=None, **fields):
-        """Step `done` has been made: log and save when due. Every rank calls this.
+        """Log and save after step `done`, when due. Every rank calls this.
 
         meters: scalars on the device, by name, averaged over the ranks for the log; fields: what
         else the log's line holds; keep: name of a checkpoint of this step that stays. Diverged when
@@ -393,7 +393,7 @@ class Run:
                  replace=False):
         """This rank's share of a data set, once, in order: yields collate's batches, less `bad`.
 
-        A signal ends it early, after as many batches on all ranks: ask `stopping` behind it. Exit
+        A signal ends it early, after the same number of batches on all ranks: ask `stopping`. Exit
         code 2 if an image cannot be read; with `replace` the next one takes the place of an image
         that cannot be decoded, as in training, which names it.
         """
@@ -761,7 +761,7 @@ class Unreadable:
                       "taking the next image", file=sys.stderr)
 
     def count(self):
-        """How many, over all ranks, each of which calls this. Exit code 2 beyond 1 % (and one)."""
+        """Return how many, over all ranks; every rank calls this. Exit code 2 above 1 % and one."""
         self.known = set().union(*gather(self.known))
         images = len(self.dataset.source)
         if len(self.known) > max(1, images / 100):

@@ -109,7 +109,7 @@ def uploaded(values, dtype, device):
 
 
 def imagenet_normalize(x):
-    """(B, 3, H, W), uint8 or float in 0..1 -> float32; ImageNet has mean 0 and deviation 1."""
+    """(B, 3, H, W), uint8 or float in 0..1 -> float32, by ImageNet's mean and deviation."""
     x = x if x.is_floating_point() else x.float() / 255
     return (x - per_channel(x, IMAGENET_MEAN)) / per_channel(x, IMAGENET_STD)
 

@@ -20,7 +20,7 @@ from care import ARCHS, Encoder, InputError
 
 # ----------------------------------------------------------------------------------- any checkpoint
 class Inert:
-    """Stands for numpy's types, whose real ones can be forged to follow any address."""
+    """Takes the place of numpy's types: unpickling the real ones can be made to read any memory."""
 
     def __init__(self, *args):
         self.args = args
@@ -103,7 +103,7 @@ def is_online(prefix):
 
 
 def read_trunk(path, prefix=None):
-    """A dict of tensors with a ResNet in it, and its prefix: of several `prefix`, or the online."""
+    """Return a dict of tensors with a ResNet in it, and its prefix: the given or the online one."""
     checkpoint = load_checkpoint(path)
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path}: holds no state dict of tensors")
