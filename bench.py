@@ -6,13 +6,15 @@
                                               the input pipeline alone
   python bench.py --memory                    memory of a GPU, by encoder and
                                               precision
+  python bench.py --roofline --precision bf16
+                                              the least time on an H100
 
 Takes train.py's flags (those on saving, logging, --init, kNN and RankMe have
 no effect; without --data nothing is read) and prints one line of JSON.
 Efficiency is the step's FLOP/s over those of a supervised step of the same
 encoder in the same process. --memory prints a table: what torch's allocator
-holds at most in a step with DDP; it also works on a GPU that does not exist
-(tests/pretended_gpu.py).
+holds at most in a step with DDP. It and --roofline also work on a GPU that
+does not exist (tests/pretended_gpu.py).
 """
 import json
 import math
@@ -25,7 +27,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from care import pool
 from common.data import Stream, open_images, stream_batches
@@ -38,6 +42,10 @@ ROUNDS = 5  # of which the median counts
 PAIRS = 128  # a GPU's, of the paper's 1024 on 8
 ENCODERS = ("resnet50", "resnet101", "resnet152", "resnet50w2")  # of --memory
 CARDS = (16, 32, 80)  # GiB
+READ_TWICE = {  # how many of the first arguments, by two kernels
+    "aten::native_batch_norm": 1, "aten::native_batch_norm_backward": 2,
+    "aten::convolution_backward": 1}
+FLOPS, BANDWIDTH = 400e12, 0.85 * 3.35e12  # of an H100 a second, within reach: an assumption
 BESIDE = 1.5  # GiB that CUDA, NCCL and cuDNN take beside the allocator: an assumption
 
 
@@ -192,6 +200,50 @@ def bench_memory(run, args):
     leave_ranks()
 
 
+class Roofline(TorchDispatchMode):
+    """Counts, of all operations inside: bytes read and written, FLOP, and seconds on an H100.
+
+    An operation takes as long as its bytes or its FLOP, whichever takes longer.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.flop = self.seconds = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if function.is_view or "empty" in function.name():
+            return result
+        again = args[:READ_TWICE.get(function.name(), 0)]
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result, again))
+                   if isinstance(leaf, torch.Tensor)]
+        moved = sum(min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+                    for tensor in tensors)
+        count = flop_registry.get(function._overloadpacket, lambda *_, **__: 0)
+        flop = count(*args, **kwargs or {}, out_val=result)
+        self.bytes += moved
+        self.flop += flop
+        self.seconds += max(moved / BANDWIDTH, flop / FLOPS)
+        return result
+
+
+def bench_roofline(run, args):
+    """The least time of a step of PAIRS pairs, as a dict."""
+    model, optimizer = new_model(args, run.device)
+    batch = synthetic(PAIRS, tuple(args.image_size), run.device)
+    views_of = partial(make_views, device=run.device, mode="device")
+
+    def step():
+        pretrain_step(model, optimizer, run, [batch], views_of, lr=1e-4, tau=0.99)
+
+    step()  # the optimiser's momentum is made
+    with Roofline() as total:
+        step()
+    return {"arch": args.arch, "precision": args.precision, "batch_size": PAIRS,
+            "GB": total.bytes / 1e9, "tflop": total.flop / 1e12, "ms": 1000 * total.seconds,
+            "pairs/s": PAIRS / total.seconds}
+
+
 def bench_data(run, args):
     """Pairs per second and worker that the input pipeline delivers, by --augment, as a dict."""
     with user_errors():
@@ -218,6 +270,8 @@ def main(argv=None):
     add_arguments(parser)
     parser.add_argument("--memory", action="store_true",
         help="print the memory of a step instead, in GiB, for several encoders and precisions")
+    parser.add_argument("--roofline", action="store_true",
+        help=f"compute instead how long {PAIRS} pairs take an H100 at least")
     args = fill_in(parser.parse_args(argv))
     args.out = None  # no directory
     loading = any(flag.partition("=")[0] == "--data" for flag in argv)
@@ -227,7 +281,11 @@ def main(argv=None):
         if args.memory:
             bench_memory(run, args)
             return
-        print(json.dumps(bench_data(run, args) if loading else bench_step(run, args)))
+        if args.roofline:
+            bench = bench_roofline
+        else:
+            bench = bench_data if loading else bench_step
+        print(json.dumps(bench(run, args)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
+import bench
 import train
 from common import boxes
 from common.data import Stream, collate, open_images
@@ -66,6 +67,12 @@ def few_scenes_and_no_true_bool():
     Run.check = check_with_true
     boxes.Scenes = lambda split, length: scenes(split, min(length, 4))
     gpu.pretended_answer(0)
+
+
+def memory_of_a_small_encoder():
+    """Print bench.py's table for one encoder, without the largest batches."""
+    bench.ENCODERS, bench.CARDS = ("resnet18",), ()
+    bench.main([*MODEL, "--image-size", "64", "--memory"])
 
 
 def count_in_a_step(world):

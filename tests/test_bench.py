@@ -2,6 +2,7 @@
 import json
 
 import pytest
+import torch
 
 import bench
 from common import run as run_module
@@ -33,3 +34,38 @@ def test_bench_measures_a_step_and_the_input_pipeline(capsys):
 def test_bench_is_for_one_process(capsys, monkeypatch):
     monkeypatch.setattr(run_module, "join_ranks", lambda: (0, 2, CPU, 1))
     refused(capsys, *FLAGS, match="measures one process", script=bench)
+
+
+def test_the_roofline_counts_bytes_and_flop(capsys, monkeypatch):
+    """Of each operation, the longer of the two; a step's FLOP are those of the bench."""
+    a, x = torch.randn(64, 32), torch.randn(2, 3, 8, 8)
+    with bench.Roofline() as product:
+        a @ a.T  # a view, a product
+    assert product.flop == 2 * 64 * 64 * 32 and product.bytes == 4 * (2 * 64 * 32 + 64 * 64)
+    assert product.seconds == product.bytes / bench.BANDWIDTH > product.flop / bench.FLOPS
+    with bench.Roofline() as inplace:
+        x.relu_()
+    assert inplace.bytes == 2 * 4 * x.numel() and inplace.flop == 0
+    with bench.Roofline() as norm:
+        torch.nn.functional.batch_norm(x, None, None, training=True)
+    assert norm.bytes == 3 * 4 * x.numel() + 4 * 2 * 3  # read twice, written; mean and deviation
+    monkeypatch.setattr(bench, "PAIRS", 8)
+    tflop = []
+    for flags in (FLAGS, [*FLAGS, "--roofline"]):
+        bench.main(flags)
+        tflop.append(json.loads(capsys.readouterr().out)["tflop"])
+    assert tflop[0] == pytest.approx(tflop[1])
+
+
+@pytest.mark.parametrize("guess", [8, 96, 104, 112, 400])
+def test_the_largest_batch_is_found_from_any_guess(guess, monkeypatch):
+    def step_memory(run, args, pairs, limit):
+        return pairs / 8 if pairs / 8 <= limit else float("inf")
+
+    monkeypatch.setattr(bench, "step_memory", step_memory)
+    assert bench.largest_batch(None, None, card=13 + bench.BESIDE, guess=guess) == 8 * 13
+    assert bench.largest_batch(None, None, card=0.5 + bench.BESIDE, guess=guess) == 0
+
+
+def test_memory_needs_a_gpu(capsys):
+    refused(capsys, *FLAGS, "--memory", match="needs a GPU", script=bench)

@@ -233,9 +233,10 @@ def library(tmp_path_factory):
     return pretended_gpu.build(tmp_path_factory.mktemp("pretended"))
 
 
-def on_gpus(library, jobs):
+def on_gpus(library, jobs, caching=False):
     """Run jobs (folder, call in cuda_jobs, variables, root of the code), all at the same time.
 
+    caching: of memory, as on a GPU. Without, what a kernel would have written is 0.
     -> exit code, stdout and stderr of each; those of one folder write to the same.
     """
     listed = []
@@ -248,8 +249,9 @@ def on_gpus(library, jobs):
     environment = pretended_gpu.environment(library, gpus=8)
     environment |= {
         "CC": "/no/compiler", "TRITON_CACHE_DIR": str(jobs[0][0]),  # nothing is compiled on the way
-        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # 0 where a kernel would have written
         "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    if not caching:
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     process = subprocess.Popen([sys.executable, "-c", FORK, json.dumps(listed)], env=environment,
                                stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
@@ -294,6 +296,18 @@ def test_the_host_waits_for_no_gpu_in_a_step(library, tmp_path):
         counts.append(json.loads(out.splitlines()[-1]))
     (launches, waits), (launches_of_8, waits_of_8) = counts
     assert waits == waits_of_8 == 0 < launches < launches_of_8 < 1.3 * launches, counts
+
+
+def test_memory_of_a_gpu(library, tmp_path):
+    """By bench.py: more for more pairs, less by accumulation, more in float32."""
+    job = tmp_path, "memory_of_a_small_encoder()", {}, ROOT
+    [(code, out, err)] = on_gpus(library, [job], caching=True)
+    assert code == 0, err
+    rows = [[text.strip() for text in line.strip("|").split("|")] for line in out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["resnet18", name] for name in ("bf16", "fp16", "fp32")]
+    gib = [[float(text) for text in row[2:5]] for row in rows]
+    assert all(halves < one < two for one, halves, two in gib)
+    assert gib[0] == gib[1] and gib[0][0] < gib[2][0]
 
 
 FAULTS = [  # a file, a line of it, what stands there instead: a tensor is left on the CPU
