@@ -75,9 +75,9 @@ def memory_of_a_small_encoder():
     bench.main([*MODEL, "--image-size", "64", "--memory"])
 
 
-def count_in_a_step(world):
+def count_in_a_step(world, pairs=32, *flags):
     """Print the launches and the waits of a step, after others, on a GPU: of rank 0 of `world`."""
-    args = train.parse_args(["--data", "shapes:32", "--precision", "bf16"])
+    args = train.parse_args(["--data", f"shapes:{pairs}", "--precision", "bf16", *flags])
     device = torch.device("cuda", 0)
     if world > 1:
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=world,
@@ -85,8 +85,8 @@ def count_in_a_step(world):
     autocast, scaler = set_precision(args, device)
     model, optimizer = train.new_model(args, device)
     parallel = parallelise(model, device)
-    stream = Stream(open_images(args.data, "pretrain"), TwoViews(args.image_size), args.seed, 32)
-    (crops, parameters), _, _ = collate([stream[n] for n in range(32)])
+    stream = Stream(open_images(args.data, "pretrain"), TwoViews(args.image_size), args.seed, pairs)
+    (crops, parameters), _, _ = collate([stream[n] for n in range(pairs)])
     batches = [((crops.pin_memory(), parameters), None)]
     gpu = ctypes.CDLL(None)
     for _ in range(12):  # DDP itself waits in each of the first ten, then in every hundredth
