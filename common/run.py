@@ -128,14 +128,21 @@ def use_recipe(args, names):
 
 # ----------------------------------------------------------------------------------------- printing
 class Output(io.FileIO):
-    """stdout or stderr. What nobody reads any more (`| head -1`, a closed terminal) is dropped."""
+    """stdout or stderr. What nobody reads any more (`| head -1`, a closed terminal) is dropped.
+
+    A full disk behind stdout is one line and exit code 1.
+    """
+
+    failed = False
 
     def write(self, content):
         try:
             return super().write(content)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
+            unread = error.errno in (errno.EPIPE, errno.EIO)
+            if self.fileno() == 1 and not unread and not self.failed:
+                self.failed = True
+                fail(f"cannot write to stdout: {error.strerror}", code=1)
             return len(content)
 
 
@@ -264,7 +271,7 @@ class Run:
                     note(f"{path}: did not say of which images it is, only of how many; now it is "
                          f"of those in {self.args.data}")
             elif self.rank == 0:
-                check_nothing_lost(self.out, self.exports)
+                check_nothing_lost(self.out)
         if self.world > 1:
             handed_on = [checkpoint]
             dist.broadcast_object_list(handed_on, 0, device=torch.device("cpu"))
@@ -566,16 +573,16 @@ def lock_file(file):
     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # POSIX: surviving workers hold nothing
 
 
-def check_nothing_lost(out, exports):
+def check_nothing_lost(out):
     """InputError when a run would begin over files that no run has left in its directory."""
     log = Path(out) / "log.jsonl"
     if log.exists() and log.stat().st_size:
         if not any("args" in line for line in read_lines(log)):
             raise InputError(f"{log}: not a run's log; choose another --out, or move it")
         return
-    for file in exports:
-        if Path(out, file).exists():
-            raise InputError(f"{out}/{file}: not of a run that could go on, and would be replaced; "
+    for name in OWN_FILES:
+        for file in Path(out).glob(name):
+            raise InputError(f"{file}: not of a run that could go on, and would be replaced; "
                              "choose another --out, or move it")
 
 

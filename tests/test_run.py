@@ -648,7 +648,8 @@ def test_files_of_others_stay(tmp_path, capsys):
                for name in ("thesis.tmp", "model.pth.tmp", "lock"))
     assert (tmp_path / "scratch.tmp").is_dir() and not (tmp_path / "last.pth.tmp").exists()
     capsys.readouterr()
-    for name, match in (("log.jsonl", "not a run's log"), ("encoder.pth", "would be replaced")):
+    for name, match in (("log.jsonl", "not a run's log"), ("encoder.pth", "would be replaced"),
+                        ("classifier.pth", "would be replaced")):
         (tmp_path / name).parent.joinpath(f"{name}.d").mkdir()
         mine = tmp_path / f"{name}.d" / name
         mine.write_text('{"mine": 1}\n')
@@ -917,6 +918,16 @@ def test_output_that_nobody_reads(before, reference, tmp_path):
                       before=before)
     assert result.codes == [0] and steps(tmp_path / "run")[-1]["unreadable"] == 1
     assert (before is close_stderr or before.args == (2,)) != ("003.png" in result.stderr)
+
+
+def fill_the_disk():
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+def test_a_full_disk_behind_stdout(tmp_path):
+    result = torchrun(1, "train.py", *SMALL, "--out", tmp_path, before=fill_the_disk)
+    assert result.codes == [1]
+    assert result.stderr == "error: cannot write to stdout: No space left on device\n"
 
 
 def print_strictly():
