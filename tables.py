@@ -11,10 +11,10 @@
                                    chose
 
 Starts the scripts as a user does: each pretraining once, then the scores that
-need it. A finished score is a line of --results, and the page beside it, NAME.md,
-is made from these lines. The same command again resumes. A line of another
-command, other flags or another protocol is refused by name. A job that fails is
-reported at the end and does not end the others.
+need it. A finished score is a line of --results, and the page beside it,
+NAME.md, is made from these lines. The same command again resumes. A line of
+another command, other flags or another protocol is refused by name. A job that
+fails is reported at the end and does not end the others.
 """
 import fcntl
 import json
