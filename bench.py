@@ -154,6 +154,7 @@ def step_memory(run, args, pairs, accum_steps=1, limit=None):
     torch.cuda.set_per_process_memory_fraction(min(1.0, (limit or total) / total))
     torch.cuda.reset_peak_memory_stats(run.device)
     views_of = partial(make_views, device=run.device, mode="device")
+    torch.manual_seed(args.seed)  # the same views each time
     try:
         model, optimizer = new_model(args, run.device)
         parallel = parallelise(model, run.device)
@@ -229,6 +230,7 @@ class Roofline(TorchDispatchMode):
 
 def bench_roofline(run, args):
     """The least time of a step of PAIRS pairs, as a dict."""
+    torch.manual_seed(args.seed)
     model, optimizer = new_model(args, run.device)
     batch = synthetic(PAIRS, tuple(args.image_size), run.device)
     views_of = partial(make_views, device=run.device, mode="device")

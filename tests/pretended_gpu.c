@@ -74,6 +74,9 @@ int cudaGetDeviceProperties(struct properties *p, int device) {
   for (int i = 0; i < 150; i++) p->rest[i] = 1024;
   return SUCCESS;
 }
+int cudaGetDeviceProperties_v2(struct properties *p, int device) {  // its name in CUDA 12
+  return cudaGetDeviceProperties(p, device);
+}
 int cudaDeviceGetAttribute(int *value, int attribute, int device) {
   *value = attribute == 75 ? number("PRETENDED_MAJOR", 8) : attribute == 76 ? 0 : 1024;
   return SUCCESS;
