@@ -73,7 +73,8 @@ def parse_args(argv=None):
     add("--data", type=not_empty, metavar="PATH|shapes",
         help="folder with VOCdevkit/, or annotations/, train2017/, val2017/ (default ./voc, "
              "./coco), or embedded scenes; shapes:N has N training images")
-    add("--export-detectron2", type=not_empty, metavar="OUT.pkl",
+    pickle_name = checked(str, "a name that ends in .pkl", lambda text: text.endswith(".pkl"))
+    add("--export-detectron2", type=pickle_name, metavar="OUT.pkl",
         help="only write the encoder for Detectron2")
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=PROTOCOLS, default="voc-c4",

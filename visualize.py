@@ -108,6 +108,9 @@ def parse_args(argv=None):
         fail("give either --pretrained, encoders to look at, or --curves, runs to draw")
     if args.out.suffix.lower() != ".png" or args.out.stem == "log":
         fail(f"--out {args.out}: must end in .png, and log.png would overwrite a run's log")
+    out = args.out.resolve()
+    if out.exists() and {out, *out.parents} & {Path(path).resolve() for path in args.images}:
+        fail(f"--out {args.out}: is one of the images that would be drawn")
     wanted = len(args.pretrained or ()) if args.target == "class" else 0
     if len(args.classifier) != wanted or (args.label is not None and not wanted):
         fail("--target class needs one --classifier per encoder; no other takes it, nor --class")

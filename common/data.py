@@ -8,6 +8,7 @@ import errno
 import hashlib
 import io
 import os
+import stat
 import sys
 import time
 import unicodedata
@@ -72,9 +73,14 @@ class UnreadableImage(InputError):
 
 
 def read_bytes(path):
-    """The content of a file. An outage of its disk is waited for, about a minute; then OSError."""
+    """The content of a file. An outage of its disk is waited for, about a minute; then OSError.
+
+    UnreadableImage: a pipe, a socket or a device, which might be read without end.
+    """
     for pause in (*PAUSES, None):
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise UnreadableImage(path, "no regular file")
             with open(path, "rb") as file:
                 return file.read()
         except OSError as error:

@@ -686,3 +686,10 @@ def test_names_that_look_alike_are_told_apart(tmp_path):
         data.open_labelled(where(tmp_path / "set"))
     assert [data.shown(name) for name in ("cat", "cat ", "caf\udce9")] == [
         "cat", "cat  ('cat ')", "caf\\udce9"]
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    """It would be read without end."""
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UnreadableImage, match="pipe.png: .*no regular file"):
+        read_image(tmp_path / "pipe.png")

@@ -700,3 +700,10 @@ def test_other_annotations_are_another_run(tmp_path, capsys):
     annotation = tmp_path / "VOCdevkit/VOC2012/Annotations/000004.xml"
     annotation.write_text(annotation.read_text().replace("<xmin>5<", "<xmin>15<"))
     refused(capsys, *SMALL, *flags, "--out", out, match=r"\(data_digest was", script=detect_eval)
+
+
+def test_an_export_replaces_no_checkpoint(tmp_path, capsys):
+    torch.save(care.Encoder("thin").state_dict(), tmp_path / "encoder.pth")
+    refused(capsys, "--pretrained", tmp_path / "encoder.pth", "--export-detectron2",
+            tmp_path / "encoder.pth", match="must be a name that ends in .pkl", script=detect_eval)
+    assert len(torch.load(tmp_path / "encoder.pth", weights_only=True)) > 1

@@ -18,7 +18,7 @@ from common import draw as drawing
 from common.draw import (ABOVE, BAR, BELOW, CELL, GAP, LEFT, LINE, PANEL, PANEL_HEIGHT, RIGHT,
                          RUN_COLOURS)
 from common.weights import open_encoder, sha256_of
-from conftest import check_legible
+from conftest import check_legible, images, refused
 
 TOP = LINE + 8  # pixels above an image whose title has one line
 
@@ -516,3 +516,10 @@ def test_scores_and_folders_say_of_which_images_they_are(tmp_path, capsys):
     draw("--pretrained", "random", "--arch", "thin", "--image-size", 32, "--images", tmp_path,
          "--out", tmp_path / "c.png")
     assert f"note: 2 images in {tmp_path} (passed over: 1 .jsonl)" in capsys.readouterr().err
+
+
+def test_no_photo_is_replaced_by_its_figure(tmp_path, capsys):
+    photos = images(tmp_path / "photos", 2)
+    for source in (photos, photos / "000.png"):
+        refused(capsys, "--pretrained", "random", "--images", source, "--out", photos / "000.png",
+                match="is one of the images that would be drawn", script=visualize)
