@@ -79,8 +79,8 @@ SCORERS = {  # score -> the command that prints it, less encoder, data, seed and
     "VOC C4": ["detect_eval.py", "--protocol", "voc-c4"],
     "COCO C4": ["detect_eval.py", "--protocol", "coco-c4"],
     "COCO FPN": ["detect_eval.py", "--protocol", "coco-fpn"],
-    "figure": ["visualize.py", "--layer", "conv4"],
-    "figure conv5": ["visualize.py", "--layer", "conv5"],
+    "figure": ["visualize.py", "--layer", "conv4", "--samples", "500"],
+    "figure conv5": ["visualize.py", "--layer", "conv5", "--samples", "500"],
     "photos": ["visualize.py", "--layer", "conv5"],
 }
 # BYOL's, for Table 3 on ImageNet

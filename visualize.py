@@ -1,14 +1,14 @@
 """Figures: what encoders attend to (Figure 4), and the curves of training runs.
 
   python visualize.py --pretrained byol.pth care.pth --images photos/
-  python visualize.py --pretrained random runs/shapes/encoder.pth \\
-      --arch resnet18 --images clutter
-  python visualize.py --pretrained runs/shapes/last.pth --t-stream \\
+  python visualize.py --pretrained random runs/clutter/encoder.pth \\
+      --arch resnet18 --layer conv4
+  python visualize.py --pretrained runs/clutter/last.pth --t-stream \\
       --query 0.5 0.5 --images a.jpg
   python visualize.py --curves runs/shapes runs/shapes_byol --out curves.png
 
-The objects of the rendered sets, shapes and clutter, have masks; there the
-maps are scored too.
+The objects of the rendered sets, shapes and clutter, have masks: with
+--samples N the maps of N images are scored too.
 
 Grad-CAM of a score s at a feature map A (Selvaraju et al., ICCV 2017,
 arxiv.org/abs/1610.02391):
@@ -42,8 +42,8 @@ from torch import nn
 from tqdm import tqdm
 
 from care import ARCHS, CARE, STEMS, TAPS, InputError, pool
-from common.data import ImageFiles, describe, open_images, read_image
-from common.draw import (LEFT, LEGEND, PANEL, PANEL_HEIGHT, RUN_COLOURS, draw_panel, draw_row,
+from common.data import ImageFiles, describe, open_images, read_image, recipe_of
+from common.draw import (CELL, LEFT, LEGEND, PANEL, PANEL_HEIGHT, RUN_COLOURS, draw_panel, draw_row,
                          printable)
 from common.ranks import fail, user_errors
 from common.run import (as_bytes, count, fraction, natural, new_parser, not_empty, read_lines,
@@ -76,14 +76,15 @@ def parse_args(argv=None):
     add("--stem", choices=STEMS,
         help="first layers, cifar for small images (default: read off the file; random: imagenet)")
     add("--seed", type=natural, default=0, help="initial weights of random (default 0)")
-    add("--images", type=not_empty, nargs="+", default=["shapes"], metavar="PATH|NAME",
+    add("--images", type=not_empty, nargs="+", default=["clutter"], metavar="PATH|NAME",
         help="photos and folders of photos, or the val images of a rendered set, shapes or clutter "
-             "(default shapes)")
+             "(default clutter)")
     add("--limit", type=count, metavar="N",
         help="draw the first N (default 16; 5 of a rendered set)")
-    add("--image-size", type=count, default=224, metavar="PX",
+    add("--image-size", type=count, metavar="PX",
         help="side of the square to which photos are squeezed for the encoder, and at which "
-             "images are rendered (default 224)")
+             "images are rendered (default: the encoders' in training, by the log.jsonl beside "
+             "them; without one that of the rendered set's recipe, for photos 224)")
     add("--layer", choices=TAPS, default="conv5", help="feature map A of Grad-CAM (default conv5)")
     add("--target", choices=("similarity", "class"), default="similarity",
         help="score s of Grad-CAM (default similarity)")
@@ -94,8 +95,8 @@ def parse_args(argv=None):
     add("--t-stream", action="store_true", help="add each block's attention (needs last.pth)")
     add("--query", type=fraction, nargs=2, default=(0.5, 0.5), metavar=("Y", "X"),
         help="whose attention is drawn, as parts of height and width (default the centre)")
-    add("--samples", type=natural, default=500, metavar="N",
-        help="images of a rendered set that are scored; 0: none (default 500)")
+    add("--samples", type=natural, default=0, metavar="N",
+        help="score the maps of N images of a rendered set too (default 0)")
     add("--curves", type=not_empty, nargs="+", metavar="RUN",
         help="instead: draw log.jsonl of run directories")
     add("--out", type=not_empty, metavar="PNG",
@@ -114,10 +115,32 @@ def parse_args(argv=None):
     wanted = len(args.pretrained or ()) if args.target == "class" else 0
     if len(args.classifier) != wanted or (args.label is not None and not wanted):
         fail("--target class needs one --classifier per encoder; no other takes it, nor --class")
+    if args.samples and not args.rendered:
+        fail("--samples: photos have no masks to score with; give --images clutter or shapes")
     return args
 
 
 # ---------------------------------------------------------------------------------------- reading
+def usual_size(args):
+    """The image size without --image-size. InputError where the encoders' sizes in training differ.
+
+    It stands in the log of the run that an encoder is of. Of two sides, the longer one.
+    """
+    sizes = {}
+    for path in args.pretrained:
+        log = Path(path).parent / "log.jsonl"
+        if path != "random" and log.is_file():
+            settings = next(iter(read_lines(log)), {}).get("args", {})
+            if "image_size" in settings:
+                sizes[path] = max(settings["image_size"])
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{path} {size} px" for path, size in sizes.items())
+        raise InputError(f"trained at different sizes, {found}: give --image-size")
+    if sizes:
+        return next(iter(sizes.values()))
+    return recipe_of(args.rendered)["image_size"] if args.rendered else 224
+
+
 def load(args, path, classifier):
     """An encoder with path, title, sha256, and if asked for head, classes, model, model_size."""
     one = SimpleNamespace(path=path, title=title_of(path), head=None, model=None)
@@ -126,7 +149,11 @@ def load(args, path, classifier):
         print(f"note: {path}: left out {', '.join(one.encoder.left_out)}", file=sys.stderr)
     one.sha256 = sha256_of(one.encoder)
     if args.image_size % one.encoder.stride:
-        raise InputError(f"--image-size: {path} needs a multiple of {one.encoder.stride}")
+        raise InputError(f"--image-size {args.image_size}: {path} needs a multiple of "
+                         f"{one.encoder.stride}")
+    if args.layer == "conv5" and args.image_size == one.encoder.stride:
+        print(f"note: {path}: at {args.image_size} px conv5 is a single position, its map the same "
+              "everywhere: --layer conv4 or a larger --image-size shows more", file=sys.stderr)
     if classifier:
         one.head, one.classes = load_classifier(classifier, one)
         if args.label is not None and args.label >= len(one.classes):
@@ -172,7 +199,12 @@ def load_model(path):
 
 
 def find_images(args, source):
-    """Title and RGB image, one after the other, of the first --limit; source: a rendered set."""
+    """The first --limit images, one after the other: title, image, and the same image to look at.
+
+    source: a rendered set; then the image has the encoders' size, and the one to look at more
+    pixels.
+    """
+    large = source and open_images(args.rendered, "val", size=CELL)
     files = []
     for path in args.images:
         if source is None and Path(path).is_dir():
@@ -188,10 +220,11 @@ def find_images(args, source):
               file=sys.stderr)
     for item in found[:args.limit]:
         if source is None:
-            yield printable(Path(item).stem), read_image(item, upright=True)
+            image = read_image(item, upright=True)
+            yield printable(Path(item).stem), image, image
         else:
             image, label, _, _ = source.render(item)
-            yield source.classes[label], Image.fromarray(image)
+            yield source.classes[label], Image.fromarray(image), large[item][0]
 
 
 def read_log(run):
@@ -303,7 +336,7 @@ def score(args, source, encoders):
 def draw_attention(args, source, encoders):
     """A row per image: itself, each encoder's Grad-CAM, with --t-stream each block's attention."""
     rows = []
-    for title, image in find_images(args, source):
+    for title, image, shown in find_images(args, source):
         x = to_input(image, args.image_size, args.device)
         maps, blocks = [], []
         for one in encoders:
@@ -315,7 +348,7 @@ def draw_attention(args, source, encoders):
                 for number, heat in enumerate(attention_maps(one.model, own_x, args.query), 1):
                     blocks.append((f"{one.title}: block {number}", heat[0]))
         groups = [maps, blocks] if blocks else [maps]
-        rows.append(draw_row(title, image, groups, args.query if blocks else None))
+        rows.append(draw_row(title, shown, groups, args.query if blocks else None))
     return Image.fromarray(np.concatenate([np.asarray(row) for row in rows]))
 
 
@@ -353,6 +386,7 @@ def main(argv=None):
         if args.curves:
             figure = draw_curves(args.curves)
         else:
+            args.image_size = args.image_size or usual_size(args)
             if args.rendered:
                 source = open_images(args.rendered, "val", size=args.image_size)
                 if args.samples > len(source):

@@ -88,6 +88,40 @@ def pictures(count=2, size=64):
     return torch.randn(count, 3, size, size, dtype=torch.float64, generator=generator)
 
 
+# -------------------------------------------------------------------------------------- image sizes
+def test_the_size_is_the_encoders_own_in_training(trained, tmp_path, capsys):
+    """By the log beside it; without one the rendered set's recipe, or 224 for photos."""
+    def size(*flags):
+        return visualize.usual_size(arguments("--pretrained", *flags))
+
+    encoder = tmp_path / "run" / "encoder.pth"
+    encoder.parent.mkdir()
+    encoder.touch()
+    assert size(encoder) == size("random") == 64
+    assert size(encoder, "--images", "shapes") == 32
+    assert size(encoder, "--images", tmp_path) == 224
+    line = {"args": {"image_size": [64, 96]}}
+    (encoder.parent / "log.jsonl").write_text(json.dumps(line) + "\n")
+    assert size("random", encoder) == size(encoder, "--images", tmp_path) == 96
+    assert size(trained / "encoder.pth") == 64  # a log that does not say so
+    other = tmp_path / "other" / "last.pth"
+    other.parent.mkdir()
+    other.touch()
+    (other.parent / "log.jsonl").write_text('{"args": {"image_size": [32, 32]}}\n')
+    refused(capsys, "--pretrained", encoder, other, "--out", tmp_path / "a.png",
+            match="trained at different sizes", script=visualize)
+
+
+def test_a_map_of_one_position_is_told(tmp_path, capsys):
+    draw("--pretrained", "random", "--arch", "thin", "--image-size", 32, "--limit", 1,
+         "--out", tmp_path / "a.png")
+    assert "conv5 is a single position" in capsys.readouterr().err
+    draw("--pretrained", "random", "--arch", "thin", "--image-size", 32, "--limit", 1,
+         "--layer", "conv4", "--out", tmp_path / "a.png")
+    assert "single position" not in capsys.readouterr().err
+    assert not (tmp_path / "a.jsonl").exists()  # nothing is scored unless asked for
+
+
 # ----------------------------------------------------------------------------------- maps, measures
 @pytest.mark.parametrize("layer", ["conv4", "conv5"])
 def test_similarity_map_is_direct_grad_cam(layer):
@@ -239,7 +273,7 @@ def test_photos_are_drawn_as_viewers_show_them(tmp_path):
     image.resize((1, 1)).save(tmp_path / "e_pixel.png")
 
     args = arguments("--pretrained", "random", "--images", tmp_path)
-    found = [image for _, image in visualize.find_images(args, None)]
+    found = [image for _, image, _ in visualize.find_images(args, None)]
     turned, gray16, on_white, line, pixel = found
     assert (line.size, pixel.size) == ((500, 1), (1, 1))
     assert turned.size == (90, 60)
@@ -261,7 +295,7 @@ def test_the_first_of_many_images_are_drawn_and_it_says_so(tmp_path, capsys):
     (tmp_path / "16.png").write_bytes(b"never read")
     for limit, count in (([], 16), (["--limit", 3], 3)):
         args = arguments("--pretrained", "random", "--images", tmp_path, *limit)
-        titles = [title for title, _ in visualize.find_images(args, None)]
+        titles = [title for title, *_ in visualize.find_images(args, None)]
         assert titles == [f"{number:02}" for number in range(count)]
         error = capsys.readouterr().err
         assert error == f"note: drawn are the first {count} of 20 images (--limit)\n"
@@ -271,7 +305,12 @@ def test_the_first_of_many_images_are_drawn_and_it_says_so(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     source = data.open_images("clutter", "val", size=32)
     args = arguments("--pretrained", "random", "--images", "clutter")
-    assert [title for title, _ in visualize.find_images(args, source)] == source.classes[:5]
+    found = list(visualize.find_images(args, source))
+    assert [title for title, _, _ in found] == source.classes[:5]
+    assert [(image.size, shown.size) for _, image, shown in found] == [((32, 32), (CELL, CELL))] * 5
+    for _, image, shown in found:  # the same picture
+        coarse = np.asarray(shown.resize((32, 32), Image.BOX), float)
+        assert np.abs(coarse - np.asarray(image)).mean() < 12
 
 
 def test_names_of_any_bytes_are_drawn(tmp_path):
@@ -279,7 +318,7 @@ def test_names_of_any_bytes_are_drawn(tmp_path):
     with open(photo, "wb") as file:
         Image.new("RGB", (8, 8), "red").save(file, "PNG")
     args = arguments("--pretrained", "random", "--images", photo)
-    (title, image), = visualize.find_images(args, None)
+    (title, image, _), = visualize.find_images(args, None)
     assert title == "caf??au?lait"
     drawing.draw_row(title, image, [[(title, torch.ones(2, 2))]])
 
@@ -303,7 +342,7 @@ def test_attention_figure_and_scores(trained, tmp_path, capsys, texts):
 
 
 def test_load_takes_every_weight_from_the_files(trained):
-    args = arguments("--pretrained", trained / "last.pth", "--t-stream")
+    args = arguments("--pretrained", trained / "last.pth", "--t-stream", "--image-size", 64)
     one = visualize.load(args, trained / "last.pth", None)
     saved = torch.load(trained / "last.pth", weights_only=True)["model"]
     for key, value in one.model.state_dict().items():
@@ -325,7 +364,7 @@ def test_load_takes_every_weight_from_the_files(trained):
 
 
 def test_class_and_t_stream_figures(trained, tmp_path, texts):
-    common = ["--image-size", 64, "--samples", 0, "--limit", 1, "--out", tmp_path / "a.png"]
+    common = ["--image-size", 64, "--limit", 1, "--out", tmp_path / "a.png"]
     draw("--pretrained", trained / "encoder.pth", "--target", "class", "--layer", "conv4",
          "--classifier", trained / "classifier.pth", "--class", 3, *common)
     assert "small: d" in [text for _, _, _, text in texts]
@@ -427,6 +466,7 @@ def test_knn_alone_is_a_log(tmp_path):
     ("--pretrained random --query nan 0", "--query: nan: must be"),
     ("--pretrained random --samples -1", "--samples: -1: must be"),
     ("--pretrained random --samples 1001", "there are 1000"),
+    ("--pretrained random --samples 1 --images {run}", "photos have no masks"),
     ("--pretrained random --limit 0", "--limit: 0: must be"),
     ("--pretrained random --seed -1", "--seed: -1: must be"),
     ("--pretrained random --out a.jpg", ".png"),
