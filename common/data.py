@@ -41,8 +41,8 @@ SMALL = PAPER | {  # small crops of small images show next to nothing
     "knn_every": 10, "knn_images": 5000, "rank_every": 0}
 RECIPES = {
     "folder": PAPER,
-    "shapes": MINUTES | {"image_size": 32, "blocks": 2, "epochs": 6, "crop_min": 0.3,
-                         "knn_every": 1, "linear_epochs": 40},  # 750 steps
+    "shapes": MINUTES | {"image_size": 32, "blocks": 2, "predictor_lr": 10, "epochs": 6,
+                         "crop_min": 0.3, "knn_every": 1, "linear_epochs": 40},  # 750 steps
     "clutter": MINUTES | {"image_size": 64, "hidden_dim": 2048, "epochs": 8, "crop_min": 0.3,
                           "knn_every": 8, "linear_epochs": 30},  # 1,000 steps
     "cifar10": SMALL | {"stem": "cifar", "image_size": 32},

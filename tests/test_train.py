@@ -82,7 +82,7 @@ def test_the_first_line_is_the_recipe_as_flags(name):
     ("--data clutter --method sequential --tap conv5", "clutter_sequential"),
     ("--data clutter --image-size 64 64", "clutter"),
     ("--data clutter --image-size 96 64 --seed 12345678", "clutter_image_size96x64_seed12345678"),
-    ("--data shapes --predictor-lr 10", "shapes_predictor_lr10")])
+    ("--data shapes --predictor-lr 1", "shapes_predictor_lr1")])
 def test_the_default_directory_tells_runs_apart(flags, name):
     """By all that counts and is not usual; not by what may differ when a run is resumed."""
     assert train.parse_args(flags.split()).out == f"runs/{name}"
