@@ -87,9 +87,9 @@ def one_thread():
 
 # --------------------------------------------------------------------------------------- small runs
 SMALL = ["--data", "shapes:32", "--arch", "thin", "--image-size", "32", "--blocks", "1",
-         "--hidden-dim", "64", "--batch-size", "8", "--base-lr", "0.05", "--epochs", "2",
-         "--tau-base", "0.99", "--crop-min", "0.2", "--knn-every", "0", "--rank-every", "0",
-         "--workers", "0", "--log-every", "1"]
+         "--hidden-dim", "64", "--batch-size", "8", "--base-lr", "0.05", "--predictor-lr", "1",
+         "--epochs", "2", "--tau-base", "0.99", "--crop-min", "0.2", "--knn-every", "0",
+         "--rank-every", "0", "--workers", "0", "--log-every", "1"]
 
 
 def train_small(out, *flags):
