@@ -622,11 +622,19 @@ def jobs_of(cells):
 
 # ------------------------------------------------------------------------------------------ results
 def read_results(path):
-    """Finished scores by the key of their job."""
+    """Finished scores by the key of their job. Exit code 2 if a line is not one."""
+    results = {}
     if not Path(path).exists():
-        return {}
-    return {(line["encoder"], line["score"], line["seed"], line.get("repeat", 0)): line
-            for line in read_lines(path)}
+        return results
+    for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            key = line["encoder"], line["score"], line["seed"], line.get("repeat", 0)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            fail(f"{path}, line {number}: not a finished score; remove the line, or give another "
+                 "--results")
+        results[key] = line
+    return results
 
 
 def defaults_of(script):

@@ -262,7 +262,7 @@ class Run:
         path, checkpoint = Path(self.out) / "last.pth", None
         with user_errors():
             if self.rank == 0 and path.exists():
-                checkpoint = load_checkpoint(path)
+                checkpoint = load_last(path)
                 check_same_run(path, checkpoint, vars(self.args), self.parts, self.free,
                                defaults or {})
                 if "data_digest" not in checkpoint["args"]:
@@ -545,9 +545,20 @@ OWN_FILES = ("last.pth", "encoder.pth", "epoch[0-9][0-9][0-9][0-9].pth", "classi
              "log.jsonl", "subset.txt")
 
 
+def load_last(path):
+    """A run's checkpoint; what to do about a damaged one is part of its InputError."""
+    try:
+        return load_checkpoint(path)
+    except InputError as error:
+        raise InputError(f"{error}; a kept epochNNNN.pth can take its place, or another --out "
+                         "begins anew") from None
+
+
 def open_directory(out):
     """Create and lock the run directory, remove half-written files. -> the lock, to be kept."""
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; a run needs a directory")
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / "lock", "ab")  # noqa: SIM115  open as long as the run
     try:

@@ -118,7 +118,8 @@ def test_a_directory_with_another_run_is_left_alone(reference, tmp_path, capsys)
                    match="lambda_att was 100.0, is 10.0")
     assert "seed was 0, is 1" in line
     (out / "last.pth").write_bytes(before[:100_000])
-    refused(capsys, *flags, match="last.pth: truncated")
+    refused(capsys, *flags, match="last.pth: truncated.*a kept epochNNNN.pth can take its place")
+    refused(capsys, *SMALL, "--out", out / "log.jsonl", match="log.jsonl: is a file")
     assert (out / "last.pth").read_bytes() == before[:100_000]
     assert (out / "log.jsonl").read_bytes() == (reference / "log.jsonl").read_bytes()
 

@@ -232,6 +232,19 @@ def test_an_argument_younger_than_a_line_was_its_default(pretence, capsys):
             match=r"predictor_lr of train.py was 1, is 10\.0")
 
 
+def test_a_broken_results_file_is_not_taken_for_an_empty_one(pretence, capsys):
+    """A line that is no score, one that was cut short too, is named and nothing is overwritten."""
+    tables.main([*QUICK, "--rows", "random"])
+    whole = Path("docs/tables.json").read_text()
+    number = len(whole.splitlines()) + 1
+    for broken in ("<<<<<<< HEAD\n", "[1, 2]\n", '{"encoder": "care"}\n', "3", whole[:40]):
+        Path("docs/tables.json").write_text(whole + broken)
+        for flags in ([], ["--list"]):
+            refused(capsys, *QUICK, *flags, script=tables,
+                    match=f"tables.json, line {number}: not a finished score")
+        assert Path("docs/tables.json").read_text() == whole + broken
+
+
 def test_the_recorded_numbers_are_of_todays_commands(monkeypatch):
     """docs/tables.json can be gone on with; docs/tables.md is what its own command makes of it."""
     monkeypatch.chdir(ROOT)
