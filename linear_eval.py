@@ -10,7 +10,6 @@ The last line on stdout is one JSON object: the scores, and all that is needed
 to repeat them. --evaluate scores the classifier.pth that training leaves in
 --out. The same command again resumes.
 """
-import argparse
 import json
 import math
 from functools import partial
@@ -31,8 +30,8 @@ from common.data import (NAMED_SETS, ImageFiles, Stream, describe, digest_of, la
 from common.knn import TEMPERATURE, count_correct, features_on_rank_0, knn
 from common.ranks import (fail, note, parallelise, same_on_all_ranks, take_buffers_of_rank_0,
                           user_errors)
-from common.run import (Run, add_data_arguments, add_run_arguments, count, new_parser, not_empty,
-                        positive, use_recipe, versions, whole_file)
+from common.run import (Run, add_data_arguments, add_run_arguments, checked, count, new_parser,
+                        not_empty, positive, use_recipe, versions, whole_file)
 from common.views import centre_crop, crop_and_flip, to_input
 from common.weights import check_state, checkpoint_file, load_checkpoint, open_encoder, sha256_of
 
@@ -83,7 +82,8 @@ def parse_args(argv=None):
     add("--batch-size", type=count, default=256, help="images a step, over all ranks (default 256)")
     add("--lr", type=positive, default=0.2,
         help="learning rate per 256 images of a batch (default 0.2)")
-    add("--export", type=npz_file, metavar="FILE.npz",
+    array_name = checked(str, "a name that ends in .npz", lambda text: text.endswith(".npz"))
+    add("--export", type=array_name, metavar="FILE.npz",
         help="first write the pooled features of both sets, (N, C) float32, their labels and their "
              "names: arrays train_features, train_labels, train_names, val_features, ...")
     add = protocol.add_mutually_exclusive_group().add_argument
@@ -95,13 +95,6 @@ def parse_args(argv=None):
     if args.epochs is None:
         args.epochs = recipe_of(args.data)["linear_epochs"]
     return finish_arguments(args, "knn" if args.knn else "linear")
-
-
-def npz_file(text):
-    """A type= of argparse: the name of a file of numpy's."""
-    if not text.endswith(".npz"):
-        raise argparse.ArgumentTypeError(f"{text}: must end in .npz")
-    return text
 
 
 def finish_arguments(args, kind):
