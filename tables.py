@@ -897,8 +897,8 @@ UNTUNED = {
 BYOL; tau and the heads' width so that CARE's features do not stay collapsed, after [another
 regime](measured.md#the-miniatures-regime) in which CARE scored lower than BYOL. So these rows do
 not answer whether CARE is better than BYOL; the comparison below is made for that.""",
-    "shapes": """What is tuned is the same in all rows: the recipe was [searched with
-CARE](measured.md#how-its-recipe-was-found)."""}
+    "shapes": """Recipe and seeds: the same for BYOL and CARE. The recipe was [searched with
+CARE](measured.md#how-its-recipe-was-found), on seeds 10 and 11, which are not among these."""}
 PROTOCOL = """**The comparison of BYOL and CARE.** This paragraph was written before its first run
 and is not changed after it. Tuning, by `python tables.py --trials`: BYOL and CARE get the same
 {count} configurations, drawn once at random from {tried}; seeds {seeds}; {steps} of 1,000 steps;
@@ -1069,9 +1069,22 @@ def page(args, results):
     lines = [title, ""]
     for paragraph in paragraphs:
         lines += [filled(paragraph), ""]
+    left = []
     for name in names:
-        lines += table_lines(args, results, name)
+        if has_run(args, results, name):
+            lines += table_lines(args, results, name)
+        else:
+            left.append(table_of(args, name)["title"])
+    if left:
+        lines += [filled(f"Not run: {'; '.join(left)}."), ""]
     return "\n".join([*lines, *cost(results)])
+
+
+def has_run(args, results, name):
+    """Whether a table has a score besides CARE's, which stand in most of them."""
+    encoders = {encoder for encoder, _, _, _ in results}
+    rows = rows_of(args, name)
+    return any(row[2] in encoders and (row[1] != "care" or len(rows) == 1) for row in rows)
 
 
 def filled(text):
