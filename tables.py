@@ -897,17 +897,21 @@ UNTUNED = {
 BYOL; tau and the heads' width so that CARE's features do not stay collapsed, after [another
 regime](measured.md#the-miniatures-regime) in which CARE scored lower than BYOL. So these rows do
 not answer whether CARE is better than BYOL; the comparison below is made for that.""",
-    "shapes": """Recipe and seeds: the same for BYOL and CARE. The recipe was [searched with
-CARE](measured.md#how-its-recipe-was-found), on seeds 10 and 11, which are not among these."""}
+    "shapes": """BYOL and CARE have the same recipe. It was searched with CARE: blocks, tau, rate
+and crops on seeds 0 and 1, [the predictors' rate](measured.md#how-its-recipe-was-found) on 10 and
+11."""}
 PROTOCOL = """**The comparison of BYOL and CARE.** This paragraph was written before its first run
-and is not changed after it. Tuning, by `python tables.py --trials`: BYOL and CARE get the same
-{count} configurations, drawn once at random from {tried}; seeds {seeds}; {steps} of 1,000 steps;
-each method keeps the configuration of the best mean kNN. Lambda 0 and sequential run at CARE's
-choice, and at BYOL's too. Test, by `python tables.py --tuned`: seeds 0 to 9, 1,000 steps, each
-method at its own choice: random, BYOL, CARE, lambda 0, sequential, scored by the linear probe,
-kNN, 1 %, 10 % and Figure 4. The answer is the difference CARE less BYOL with its 95 % interval,
-whatever its sign. Everything is pretrained in bf16. The trials are `docs/trials.json`; their seeds
-are no test seeds."""
+and is not changed after it. Tuning: BYOL and CARE get the same {count} configurations, drawn once
+at random from {tried}; seeds {seeds}; {steps} of 1,000 steps; each method keeps the configuration
+of the best mean kNN. Lambda 0 and sequential run at CARE's choice, and at BYOL's too. Test: seeds
+0 to 9, 1,000 steps, each method at its own choice: random, BYOL, CARE, lambda 0, sequential,
+scored by the linear probe, kNN, 1 %, 10 % and Figure 4. The answer is the difference CARE less
+BYOL with its 95 % interval, whatever its sign. Everything is pretrained in bf16. The trials'
+seeds are no test seeds.
+
+`python tables.py --trials --train-flags '--precision bf16'` makes the trials, `docs/trials.json`;
+`python tables.py --tuned --seeds 0 1 2 3 4 5 6 7 8 9 --train-flags '--precision bf16' --results
+docs/tables_tuned.json` the test."""
 BY_TRIALS = """BYOL and CARE each got the same {count} configurations, drawn once at random, with
 seeds {seeds}, stopped after {steps} steps, and kept the one of the best mean kNN. BYOL: `{byol}`.
 CARE: `{care}`. The other rows run as CARE does, or as BYOL where they say so."""
@@ -1033,17 +1037,28 @@ def table_lines(args, results, name):
     return [*lines, ""]
 
 
+def page_command(args, results):
+    """The command that makes a page: the flags on which its rows depend, and the seeds it has."""
+    usual = parse_args(["--data", args.data])
+    words = ["python", "tables.py"]
+    if args.data != "clutter":
+        words += ["--data", args.data]
+    seeds = sorted({seed for _, _, seed, _ in results})
+    if seeds and seeds != usual.seeds:
+        words += ["--seeds", *map(str, seeds)]
+    if args.train_flags:
+        words += ["--train-flags", args.train_flags]
+    if args.tuned:
+        words += ["--tuned", args.tuned]
+    if args.results != usual.results:
+        words += ["--results", args.results]
+    return shlex.join(words)
+
+
 def page(args, results):
     """The page beside --results: introduction, the tables in the paper's order, cost."""
     names = [name for name in TABLES if table_of(args, name)]
-    command = ["python", "tables.py"]
-    if args.data != "clutter":
-        command += ["--data", args.data]
-    if args.train_flags:
-        command += ["--train-flags", args.train_flags]
-    if args.tuned:
-        command += ["--tuned", args.tuned]
-    command = shlex.join(command)
+    command = page_command(args, results)
     if args.miniature:
         run = train.parse_args(["--data", args.data, *shlex.split(args.train_flags)])
         name = args.data.partition(":")[0]

@@ -251,9 +251,9 @@ def test_the_recorded_numbers_are_of_todays_commands(path, least, monkeypatch):
     monkeypatch.chdir(ROOT)
     page = Path(path).read_text()
     command = re.search(r"Made by `python tables.py(.*?)`", page, re.DOTALL)[1]
-    args = tables.parse_args(shlex.split(command))
+    args = tables.parse_args(shlex.split(command.replace("\n", " ")))
     results = tables.read_results(args.results)
-    assert len(results) >= least
+    assert len(results) >= least and args.seeds == sorted({key[2] for key in results})
     cells = tables.table_cells(args, tables.TABLES, None, sorted({key[2] for key in results}))
     jobs = tables.jobs_of(cells)
     assert set(results) <= set(jobs)
