@@ -106,7 +106,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     encoder, momentum = found["encoder"], found["model"].momentum.encoder
     saved = torch.load("encoder.pth", weights_only=True)
     assert all(torch.equal(saved[key], value) for key, value in encoder.state_dict().items())
-    assert found["out"]["loss"].isfinite() and found["optimizer"].param_groups[0]["lr"] == 0
+    assert all(value.isfinite().all() for value in saved.values())
     torch.manual_seed(0)
     name = "features.0.0.weight"
     first = mobilenet_v3_small().get_parameter(name)
