@@ -81,7 +81,7 @@ SCORERS = {  # score -> the command that prints it, less encoder, data, seed and
     "COCO FPN": ["detect_eval.py", "--protocol", "coco-fpn"],
     "figure": ["visualize.py", "--layer", "conv4", "--samples", "500"],
     "figure conv5": ["visualize.py", "--layer", "conv5", "--samples", "500"],
-    "photos": ["visualize.py", "--layer", "conv5"],
+    "photos": ["visualize.py", "--layer", "conv5", "--image-size", "224"],
 }
 # BYOL's, for Table 3 on ImageNet
 GRID = ["--lr", "0.01", "0.02", "0.05", "0.1", "0.005", "--epochs", "30", "50"]
