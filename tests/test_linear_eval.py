@@ -468,7 +468,7 @@ def test_two_ranks_export_the_features_of_one(encoder_file, tmp_path, capsys):
 
 def test_bad_places_for_features(tmp_path, capsys, monkeypatch):
     flags = [*RANDOM, "--knn", "--out", tmp_path, "--export"]
-    refuse(capsys, "argument --export: f.csv: must end in .npz", *flags, "f.csv")
+    refuse(capsys, "argument --export: f.csv: must be a name that ends in .npz", *flags, "f.csv")
     refuse(capsys, "no/f.npz: there is no such folder", *flags, tmp_path / "no" / "f.npz")
     (tmp_path / "folder.npz").mkdir()
     refused(capsys, *LINEAR, *flags, tmp_path / "folder.npz", code=1, script=linear_eval,
