@@ -1096,10 +1096,11 @@ def page(args, results):
 
 
 def has_run(args, results, name):
-    """Whether a table has a score besides CARE's, which stand in most of them."""
-    encoders = {encoder for encoder, _, _, _ in results}
+    """Whether a table has a cell filled besides CARE's, which stand in most of them."""
     rows = rows_of(args, name)
-    return any(row[2] in encoders and (row[1] != "care" or len(rows) == 1) for row in rows)
+    others = [row for row in rows if row[1] != "care"] or rows
+    return any(cell(args, results, row, column)
+               for row in others for column in table_of(args, name)["columns"])
 
 
 def filled(text):

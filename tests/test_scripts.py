@@ -54,14 +54,20 @@ def takes_numbers(action):
     return False
 
 
+def required_by(parser):
+    """The flags that a command line cannot do without, each with a value that is accepted."""
+    words = []
+    for action in parser._actions:
+        if action.required:
+            words += [action.option_strings[-1], "1" if takes_numbers(action) else "random"]
+    return words
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_number_has_a_range(name, capsys):
     """Not a number, infinite, negative, or just outside its range: one line and exit code 2."""
     parser = parser_of(importlib.import_module(name))
-    script, required = SimpleNamespace(main=parser.parse_args), []
-    for action in parser._actions:
-        if action.required:
-            required += [action.option_strings[-1], "1" if takes_numbers(action) else "random"]
+    script, required = SimpleNamespace(main=parser.parse_args), required_by(parser)
     numbers = [action for action in parser._actions if takes_numbers(action)]
     assert len(numbers) >= 2
     for action in numbers:
@@ -118,10 +124,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
 def test_no_argument_is_empty(name, capsys):
     """As a variable that is not set leaves it: files would go to / or to the current directory."""
     parser = parser_of(importlib.import_module(name))
-    script, required = SimpleNamespace(main=parser.parse_args), []
-    for action in parser._actions:
-        if action.required:
-            required += [action.option_strings[-1], "1" if takes_numbers(action) else "random"]
+    script, required = SimpleNamespace(main=parser.parse_args), required_by(parser)
     texts = [action for action in parser._actions
              if action.option_strings and action.nargs != 0 and not takes_numbers(action)
              and action.dest not in ("launcher", "train_flags")]  # empty unless they are given

@@ -245,6 +245,17 @@ def test_a_broken_results_file_is_not_taken_for_an_empty_one(pretence, capsys):
         assert Path("docs/tables.json").read_text() == whole + broken
 
 
+def test_a_table_of_encoders_that_were_scored_otherwise_has_not_run(pretence):
+    tables.main(["--only", "table1a", "--seeds", "0"])
+    page = Path("docs/tables.md").read_text()
+    left = re.search("Not run: (.*?)\n\n", page, re.DOTALL)[1].replace("\n", " ").split("; ")
+    titles = {name: tables.TABLES[name] | tables.TABLES[name].get("miniature", {})
+              for name in ("table1a", "table3a", "figure4", "table7")}
+    for name, table in titles.items():
+        assert (f"## {table['title']}\n" in page) == (name == "table1a")
+        assert (table["title"].rstrip(".") in " ".join(left)) == (name != "table1a")
+
+
 @pytest.mark.parametrize("path, least", [("docs/tables.md", 66), ("docs/tables_shapes.md", 60)])
 def test_the_recorded_numbers_are_of_todays_commands(path, least, monkeypatch):
     """docs/NAME.json can be gone on with; docs/NAME.md is what its own command makes of it."""
