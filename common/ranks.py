@@ -3,6 +3,7 @@
 Ranks are torchrun's: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Without them, every
 function here also works for a single process.
 """
+import atexit
 import contextlib
 import ctypes
 import datetime
@@ -140,10 +141,14 @@ def keep_memory():
 
 
 def leave_ranks():
-    """Leave the process group, all ranks at the same time."""
+    """Wait for all ranks: none takes the process group away from one that is still in it.
+
+    The group goes at exit. If it went here, the loop's DDP, when freed, would be its last owner: it
+    would hold the interpreter's lock while it waits for the group's threads, which may need it.
+    """
     if dist.is_initialized():
-        dist.barrier()  # no rank takes the group away from one that is still in it
-        dist.destroy_process_group()
+        dist.barrier()
+        atexit.register(dist.destroy_process_group)
 
 
 # ----------------------------------------------------------------------------------------- exchange
