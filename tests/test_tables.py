@@ -1,4 +1,4 @@
-"""tables.py: two cells from the scripts as a user starts them, commands, statistics, the page."""
+"""tables.py, common/paper.py: two cells as a user starts them, commands, statistics, the page."""
 import json
 import os
 import re
@@ -614,6 +614,9 @@ def test_each_method_keeps_its_best_trial(monkeypatch, capsys):
             found = {key: getattr(args, key) for key in tables.TRIED}
             assert found == chosen[methods[name]] and args.max_steps is None
     assert {"byol", "care", "lambda0", "lambda0_byol", "sequential_byol"} < set(methods)
+    page = tables.page(tables.parse_args(["--tuned"]), {}).replace("\n", " ")
+    for method, name in (("byol", "BYOL"), ("care", "CARE")):
+        assert f"{name}: `{' '.join(tables.flags_of(chosen[method]))}`." in page
     refused(capsys, "--tuned", "--train-flags", "--precision bf16", script=tables,
             match="docs/trials.json: byol_trial1, seed 10, kNN: precision of train.py was 'auto'")
 
@@ -625,7 +628,9 @@ def test_lines_of_untuned_encoders_do_not_go_on_as_tuned(pretence, monkeypatch, 
             match="docs/tables.json: (byol|care), seed 0, .* was ")
     page = tables.page(tables.parse_args(["--tuned"]), tables.read_results("docs/tables.json"))
     flags = " ".join(tables.flags_of(tables.CONFIGURATIONS[0]))
-    assert f"BYOL: `{flags}`. CARE: `{flags}`." in page.replace("\n", " ")
+    assert f"Both kept `{flags}`, with which all rows run." in page.replace("\n", " ")
+    shown = listed(capsys, "--tuned", "--results", "tuned.json")[0]
+    assert "lambda0_seed0" in shown and "_byol" not in shown  # it would be the same run again
 
 
 def test_scores_of_other_images_are_not_mixed(pretence, monkeypatch, capsys):
