@@ -808,8 +808,8 @@ def page(args, results):
         tuning = UNTUNED.get(name, "")
         if args.tuned:
             chosen = {method: " ".join(flags) for method, flags in args.choices.items()}
-            both = ONE_CHOICE if chosen["byol"] == chosen["care"] else CHOICES
-            tuning = BY_TRIALS.format(**trials) + both.format(**chosen)
+            kept = ONE_CHOICE if chosen["byol"] == chosen["care"] else CHOICES
+            tuning = BY_TRIALS.format(**trials) + kept.format(**chosen)
         if name == "clutter":
             tried = "; ".join(f"`--{flag.replace('_', '-')}` {', '.join(map(str, values))}"
                               for flag, values in TRIED.items())
