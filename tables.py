@@ -635,7 +635,8 @@ UNTUNED = {
     "clutter": """What is tuned is the same in all rows: images, rate, crops and steps were tuned on
 BYOL; tau and the heads' width so that CARE's features do not stay collapsed, after [another
 regime](measured.md#the-miniatures-regime) in which CARE scored lower than BYOL. So these rows do
-not answer whether CARE is better than BYOL; the comparison below is made for that.""",
+not answer whether CARE is better than BYOL; the comparison below is made for that ([its
+test](tables_tuned.md)).""",
     "shapes": """BYOL and CARE have the same recipe. It was searched with CARE: blocks, tau, rate
 and crops on seeds 0 and 1, [the predictors' rate](measured.md#how-its-recipe-was-found) on 10 and
 11."""}

@@ -256,7 +256,8 @@ def test_a_table_of_encoders_that_were_scored_otherwise_has_not_run(pretence):
         assert (table["title"].rstrip(".") in " ".join(left)) == (name != "table1a")
 
 
-@pytest.mark.parametrize("path, least", [("docs/tables.md", 66), ("docs/tables_shapes.md", 60)])
+@pytest.mark.parametrize("path, least", [("docs/tables.md", 66), ("docs/tables_shapes.md", 60),
+                                         ("docs/tables_tuned.md", 60)])
 def test_the_recorded_numbers_are_of_todays_commands(path, least, monkeypatch):
     """docs/NAME.json can be gone on with; docs/NAME.md is what its own command makes of it."""
     monkeypatch.chdir(ROOT)
@@ -270,6 +271,20 @@ def test_the_recorded_numbers_are_of_todays_commands(path, least, monkeypatch):
     assert set(results) <= set(jobs)
     tables.check_settings(jobs, results, args.results)
     assert tables.page(args, results) == page
+
+
+@pytest.mark.parametrize("path", ["docs/tables_shapes.md", "docs/tables_tuned.md"])
+def test_the_readme_has_the_differences_of_the_pages(path):
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    answer = readme.partition("## Is CARE better than BYOL here?")[2].partition("## ")[0]
+    lines = re.findall(r"^\| CARE less BYOL .*", (ROOT / path).read_text(), re.MULTILINE)
+    cells = [[cell.strip(" |") for cell in line.split(" | ")] for line in lines]
+    rows = [row for row in cells if row[1] in ("linear", "kNN")]
+    assert len(rows) == 2
+    for _, _, difference, interval, _, verdict, _ in rows:
+        p = re.search(r"\((.*)\)", verdict)[1]
+        words = [re.escape(word) for word in (difference.lstrip("+"), interval, p)]
+        assert re.search(rf"{words[0]} [^(]*\([^(]*{words[1]}, {words[2]}", answer)
 
 
 @pytest.mark.parametrize("flags, match", [
