@@ -7,8 +7,6 @@
   python tables.py --list          every command, as shell, and its state;
                                    starts nothing
   python tables.py --trials        tuning of BYOL and CARE for the miniature
-  python tables.py --tuned         the miniature, each method as its trials
-                                   chose
 
 Starts the scripts as a user does: each pretraining once, then the scores that
 need it. A finished score is a line of --results, and the page beside it,
@@ -50,8 +48,8 @@ from common.run import count, natural, new_parser, not_empty, read_lines, write_
 
 HERE = Path(__file__).resolve().parent
 
-# Tuning for the miniature: each method gets the same configurations, drawn once, and keeps the one
-# of the best mean kNN over the seeds.
+# Tuning for the miniature: each method gets the same configurations, drawn once, and chooses the
+# one of the best mean kNN over the seeds. Both chose the seventh, the recipe of `clutter`.
 TRIED = {
     "predictor_lr": (1, 10),
     "tau_base": (0.8, 0.9, 0.95, 0.99),
@@ -61,7 +59,7 @@ TRIED = {
 }
 CONFIGURATIONS = [dict(zip(TRIED, drawn))
                   for drawn in random.Random(0).sample(list(product(*TRIED.values())), 12)]
-TUNED = ("byol", "care")  # methods; every other variant runs at CARE's choice, *_byol at BYOL's
+TUNED = ("byol", "care")
 TRIAL_STEPS = 500  # of 1,000
 TRIAL_SEEDS = [10, 11]
 
@@ -91,8 +89,6 @@ def parse_args(argv=None):
     add("--trials", action="store_true",
         help=f"instead of the tables: {len(CONFIGURATIONS)} configurations of BYOL and of CARE, "
              f"{TRIAL_STEPS} steps, seeds {' '.join(map(str, TRIAL_SEEDS))}")
-    add("--tuned", type=not_empty, nargs="?", const="docs/trials.json", metavar="FILE",
-        help="each method as the trials in this file chose (without FILE: docs/trials.json)")
     add = parser.add_argument_group("how").add_argument
     add("--launcher", default="", metavar="'COMMAND'",
         help="what starts a script on several GPUs (default: python)")
@@ -129,16 +125,15 @@ def fill_in(args):
         args.runs = f"runs/tables{suffix}"
     if args.results is None:
         args.results = "docs/trials.json" if args.trials else f"docs/tables{suffix}.json"
-    if (args.trials or args.tuned) and not args.miniature:
-        fail("--trials and --tuned are for the miniature: a folder runs with the paper's settings")
-    if args.trials and (args.tuned or args.only):
-        fail("--trials goes with neither --only nor --tuned")
+    if args.trials and not args.miniature:
+        fail("--trials is for the miniature: a folder runs with the paper's settings")
+    if args.trials and args.only:
+        fail("--trials is no table: leave out --only")
     if args.trials and sorted(args.seeds) != TRIAL_SEEDS:
         fail(f"--trials has seeds of its own, {TRIAL_SEEDS}: leave out --seeds")
     for name in args.only or ():
         if args.miniature and "miniature" not in TABLES[name]:
             fail(f"--only {name}: not in the miniature; give --data a folder like ImageNet's")
-    args.choices = choices_of(args) if args.tuned else {}
     known = {one for name in TABLES for row in rows_of(args, name) for one in row[1:3]}
     known = set(TUNED) if args.trials else known
     for row in args.rows or ():
@@ -170,11 +165,7 @@ def table_of(args, name):
     table = TABLES[name]
     if not args.miniature:
         return table
-    if "miniature" not in table:
-        return None
-    table = table | table["miniature"]
-    differ = args.choices and args.choices["byol"] != args.choices["care"]
-    return table | {"rows": table["rows"] + (table.get("tuned", []) if differ else [])}
+    return table | table["miniature"] if "miniature" in table else None
 
 
 def rows_of(args, name):
@@ -285,7 +276,7 @@ def cell_jobs(args, row, score, seed, repeat):
     needed = ["byol", variant] if score == "photos" else [variant]
     before = []
     for one in needed if variant in VARIANTS else ():
-        flags = VARIANTS[one] + args.choices.get("byol" if one.endswith("byol") else "care", [])
+        flags = VARIANTS[one]
         if not args.miniature:
             flags = [*flags, "--arch", arch, "--epochs", str(epochs)]
         name = one if args.miniature else f"{one}_{arch}_epochs{epochs}"
@@ -328,20 +319,6 @@ def trial_cells(args, wanted=None):
                 cells.append(("Trials", f"configuration {number}, {method}, seed {seed}",
                               [first, second]))
     return cells
-
-
-def choices_of(args):
-    """The trials of --tuned -> each method's flags of train.py: the best mean kNN.
-
-    Exit code 2 if one has not been run, or has with other settings than this command has.
-    """
-    jobs, results = jobs_of(trial_cells(args)), read_results(args.tuned)
-    check_settings(jobs, results, args.tuned)
-    missing = [key for key in jobs if key[1] == "kNN" and key not in results]
-    if missing:
-        fail(f"--tuned {args.tuned}: {len(missing)} of {len(jobs) // 2} trials have not been run; "
-             "--trials runs them")
-    return {method: flags_of(CONFIGURATIONS[best_trial(results, method)]) for method in TUNED}
 
 
 def best_trial(results, method):
@@ -631,12 +608,10 @@ differs, one in twenty is significant by chance.
 WHAT = {"clutter": " (ten classes, two objects of one class that cover 5 to 20 % of the image "
                    "among scraps that mean nothing)",
         "shapes": " (ten classes, one large object)"}
-UNTUNED = {
-    "clutter": """What is tuned is the same in all rows: images, rate, crops and steps were tuned on
-BYOL; tau and the heads' width so that CARE's features do not stay collapsed, after [another
-regime](measured.md#the-miniatures-regime) in which CARE scored lower than BYOL. So these rows do
-not answer whether CARE is better than BYOL; the comparison below is made for that ([its
-test](tables_tuned.md)).""",
+TUNING = {
+    "clutter": """The recipe of `clutter` is what BYOL and CARE both chose among the same {count}
+configurations, with seeds {seeds}, stopped after {steps} steps ([the
+trials](measured.md#the-trials-of-equal-tuning)).""",
     "shapes": """BYOL and CARE have the same recipe. It was searched with CARE: blocks, tau, rate
 and crops on seeds 0 and 1, [the predictors' rate](measured.md#how-its-recipe-was-found) on 10 and
 11."""}
@@ -649,14 +624,9 @@ scored by the linear probe, kNN, 1 %, 10 % and Figure 4. The answer is the diffe
 BYOL with its 95 % interval, whatever its sign. Everything is pretrained in bf16. The trials'
 seeds are no test seeds.
 
-`python tables.py --trials --train-flags '--precision bf16'` makes the trials, `docs/trials.json`;
-`python tables.py --tuned --seeds 0 1 2 3 4 5 6 7 8 9 --train-flags '--precision bf16' --results
-docs/tables_tuned.json` the test."""
-BY_TRIALS = """BYOL and CARE each got the same {count} configurations, drawn once at random, with
-seeds {seeds}, stopped after {steps} steps, and kept the one of the best mean kNN. """
-CHOICES = """BYOL: `{byol}`. CARE: `{care}`. The other rows run as CARE does, or as BYOL where they
-say so."""
-ONE_CHOICE = "Both kept `{care}`, with which all rows run."
+`python tables.py --trials --train-flags '--precision bf16'` makes the trials, `docs/trials.json`.
+Both methods chose the same configuration, which has since been the recipe of `clutter`; so the rows
+of seeds 0 to 9 are the test."""
 PAPER = """# The paper's tables
 
 Made by `{command}`, with the paper's encoders, epochs and settings. Scores in percent: mean ±
@@ -790,8 +760,6 @@ def page_command(args, results):
         words += ["--seeds", *map(str, seeds)]
     if args.train_flags:
         words += ["--train-flags", args.train_flags]
-    if args.tuned:
-        words += ["--tuned", args.tuned]
     if args.results != usual.results:
         words += ["--results", args.results]
     return shlex.join(words)
@@ -806,11 +774,7 @@ def page(args, results):
         name = args.data.partition(":")[0]
         trials = {"count": len(CONFIGURATIONS), "steps": TRIAL_STEPS,
                   "seeds": " and ".join(map(str, TRIAL_SEEDS))}
-        tuning = UNTUNED.get(name, "")
-        if args.tuned:
-            chosen = {method: " ".join(flags) for method, flags in args.choices.items()}
-            kept = ONE_CHOICE if chosen["byol"] == chosen["care"] else CHOICES
-            tuning = BY_TRIALS.format(**trials) + kept.format(**chosen)
+        tuning = TUNING.get(name, "").format(**trials)
         if name == "clutter":
             tried = "; ".join(f"`--{flag.replace('_', '-')}` {', '.join(map(str, values))}"
                               for flag, values in TRIED.items())

@@ -43,8 +43,8 @@ RECIPES = {
     "folder": PAPER,
     "shapes": MINUTES | {"image_size": 32, "blocks": 2, "predictor_lr": 10, "epochs": 6,
                          "crop_min": 0.3, "knn_every": 1, "linear_epochs": 40},  # 750 steps
-    "clutter": MINUTES | {"image_size": 64, "hidden_dim": 2048, "epochs": 8, "crop_min": 0.3,
-                          "knn_every": 8, "linear_epochs": 30},  # 1,000 steps
+    "clutter": MINUTES | {"image_size": 64, "base_lr": 0.1, "predictor_lr": 10, "epochs": 8,
+                          "crop_min": 0.3, "knn_every": 8, "linear_epochs": 30},  # 1,000 steps
     "cifar10": SMALL | {"stem": "cifar", "image_size": 32},
     "stl10": SMALL | {"image_size": 96, "epochs": 100, "knn_every": 5},
     "imagenette": SMALL | {"image_size": 160, "batch_size": 128, "base_lr": 0.1, "tau_base": 0.98},

@@ -22,8 +22,6 @@ VARIANTS = {  # what is pretrained -> its flags of train.py
     "absolute": ["--position", "absolute"],
     "detached": ["--detach-trunk"],
     "conv5": ["--tap", "conv5"],
-    "sequential_byol": ["--method", "sequential"],  # with --tuned, at BYOL's choice
-    "lambda0_byol": ["--lambda-att", "0"],
 }
 SCORERS = {  # score -> the command that prints it, less encoder, data, seed and --out
     "linear": ["linear_eval.py"],
@@ -77,8 +75,7 @@ SEMI = ["1 %", "10 %", "1 %, top-5", "10 %, top-5"]
 PROBES = {"columns": ["linear", "kNN"]}  # what the miniature has instead
 # A table: title, columns, rows (name, variant, arch, epochs, the paper's number for each column).
 # Rows of other methods are not here: what this code does not train. `miniature`: the table has a
-# form in miniature, which differs in these; `tuned`: its rows where the trials of BYOL and of CARE
-# chose differently.
+# form in miniature, which differs in these.
 TABLES = {
     "table1a": {
         "title": "Table 1a: linear classification, ResNet-50",
@@ -203,7 +200,6 @@ TABLES = {
             ("lambda 250", "lambda250", R50, 100, "72.00"),
         ],
         "miniature": PROBES,
-        "tuned": [("lambda 0, at BYOL's choice", "lambda0_byol", R50, 100, "")],
     },
     "table7": {
         "title": "Table 7: attention blocks",
@@ -236,7 +232,6 @@ TABLES = {
             ("parallel", "care", R50, 100, "72.02"),
         ],
         "miniature": PROBES,
-        "tuned": [("sequential, at BYOL's choice", "sequential_byol", R50, 100, "")],
     },
     "readings": {
         "title": "Sec. 3.3 and Fig. 2, read literally, against the release",

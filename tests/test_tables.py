@@ -222,14 +222,14 @@ def test_what_no_score_depends_on_may_change(pretence, monkeypatch):
 
 
 def test_an_argument_younger_than_a_line_was_its_default(pretence, capsys):
-    tables.main([*QUICK, "--rows", "care"])
+    flags = [*QUICK, "--rows", "care", "--train-flags", "--predictor-lr 1"]
+    tables.main(flags)
     lines = lines_of()
     for line in lines:
         assert line["settings"]["train.py"].pop("predictor_lr") == 1
     Path("docs/tables.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    tables.main([*QUICK, "--rows", "care"])
-    refused(capsys, *QUICK, "--train-flags", "--predictor-lr 10", script=tables,
-            match=r"predictor_lr of train.py was 1, is 10\.0")
+    tables.main(flags)
+    refused(capsys, *QUICK, script=tables, match="predictor_lr of train.py was 1, is 10")
 
 
 def test_a_broken_results_file_is_not_taken_for_an_empty_one(pretence, capsys):
@@ -256,8 +256,7 @@ def test_a_table_of_encoders_that_were_scored_otherwise_has_not_run(pretence):
         assert (table["title"].rstrip(".") in " ".join(left)) == (name != "table1a")
 
 
-@pytest.mark.parametrize("path, least", [("docs/tables.md", 66), ("docs/tables_shapes.md", 60),
-                                         ("docs/tables_tuned.md", 60)])
+@pytest.mark.parametrize("path, least", [("docs/tables.md", 203), ("docs/tables_shapes.md", 60)])
 def test_the_recorded_numbers_are_of_todays_commands(path, least, monkeypatch):
     """docs/NAME.json can be gone on with; docs/NAME.md is what its own command makes of it."""
     monkeypatch.chdir(ROOT)
@@ -273,26 +272,33 @@ def test_the_recorded_numbers_are_of_todays_commands(path, least, monkeypatch):
     assert tables.page(args, results) == page
 
 
-@pytest.mark.parametrize("path", ["docs/tables_shapes.md", "docs/tables_tuned.md"])
-def test_the_readme_has_the_differences_of_the_pages(path):
+@pytest.mark.parametrize("name, better, worse, scores", [
+    ("shapes", "care", "byol", ["linear", "kNN"]),
+    ("clutter", "care", "byol", ["linear", "kNN", "1 %", "10 %"]),
+    ("clutter", "care", "lambda0", ["linear"]),
+    ("clutter", "lambda0", "byol", ["linear"])])
+def test_the_readme_has_the_recorded_differences(name, better, worse, scores):
+    """Each with its interval and p, as the pages have those that they have."""
     readme = " ".join((ROOT / "README.md").read_text().split())
     answer = readme.partition("## Is CARE better than BYOL here?")[2].partition("## ")[0]
-    lines = re.findall(r"^\| CARE less BYOL .*", (ROOT / path).read_text(), re.MULTILINE)
-    cells = [[cell.strip(" |") for cell in line.split(" | ")] for line in lines]
-    rows = [row for row in cells if row[1] in ("linear", "kNN")]
-    assert len(rows) == 2
-    for _, _, difference, interval, _, verdict, _ in rows:
-        p = re.search(r"\((.*)\)", verdict)[1]
-        words = [re.escape(word) for word in (difference.lstrip("+"), interval, p)]
+    results = tables.read_results(ROOT / tables.parse_args(["--data", name]).results)
+    for score in scores:
+        a, b = ([results[key]["result"]["top1"] for key in sorted(results)
+                 if key[:2] == (encoder, score)] for encoder in (better, worse))
+        assert len(a) == len(b) == 10
+        difference, half, p = tables.welch(a, b)
+        interval = f"{difference - half:+.1f} to {difference + half:+.1f}"
+        p = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+        words = [re.escape(word) for word in (f"{difference:.1f}", interval, p)]
         assert re.search(rf"{words[0]} [^(]*\([^(]*{words[1]}, {words[2]}", answer)
 
 
 @pytest.mark.parametrize("flags, match", [
     (["--only", "table2"], "not in the miniature"),
     (["--rows", "cara"], "--rows cara: no row of these tables"),
-    (["--trials", "--only", "table6"], "goes with neither"),
+    (["--trials", "--only", "table6"], "leave out --only"),
     (["--trials", "--seeds", "3"], "leave out --seeds"),
-    (["--data", "imagenet", "--tuned"], "for the miniature"),
+    (["--trials", "--data", "imagenet"], "for the miniature"),
     (["--train-flags", "--batch-size 0"], "--batch-size: 0: must be"),
     (["--train-flags=--no-such-flag"], "unrecognized arguments: --no-such-flag")])
 def test_bad_arguments(flags, match, capsys):
@@ -577,7 +583,7 @@ def test_every_table_is_whole():
     for name, table in tables.TABLES.items():
         for form in (table, table | table.get("miniature", {})):
             assert set(form["columns"]) <= set(tables.COLUMNS), name
-            for label, variant, arch, epochs, paper in form["rows"] + table.get("tuned", []):
+            for label, variant, arch, epochs, paper in form["rows"]:
                 assert len(paper.split()) in (0, len(table["columns"])), (name, label)
                 assert variant in {*tables.VARIANTS, "random", "supervised"}
                 assert arch in tables.ARCH_NAMES
@@ -597,8 +603,8 @@ def test_configurations_are_drawn_once():
         assert all(value in tables.TRIED[name] for name, value in one.items())
 
 
-def test_each_method_keeps_its_best_trial(monkeypatch, capsys):
-    """By the mean over the seeds; then all commands of the tables have its flags."""
+def test_each_method_chooses_its_best_trial(monkeypatch, capsys):
+    """By the mean over the seeds, once all its trials have been run."""
     def start(args, words):
         if words[0] == "linear_eval.py":
             encoder, seed = re.search(r"tables/(\w+)_seed(\d+)/", words[3]).groups()
@@ -607,45 +613,26 @@ def test_each_method_keeps_its_best_trial(monkeypatch, capsys):
             return [json.dumps({"top1": best + luck})]
         return ["step 500 of 1000: as --max-steps says; with a larger one, or without it, ..."]
 
-    refused(capsys, "--tuned", "--list", script=tables, match="24 of 48|48 of 48 trials have not")
     monkeypatch.setattr(tables, "start", start)
     tables.main(["--trials", "--rows", "byol"])
     shown = capsys.readouterr().out
     assert "chooses" not in shown and "   byol: kNN 20, 65, mean 42.5" in shown
-    refused(capsys, "--tuned", "--list", script=tables, match="24 of 48 trials have not been run")
     tables.main(["--trials"])
     shown = capsys.readouterr().out
     assert "byol chooses configuration 4\ncare chooses configuration 7" in shown
     assert not Path("docs/trials.md").exists() and len(lines_of("docs/trials.json")) == 48
 
-    _, commands, _ = listed(capsys, "--tuned", "--seeds", "0")
-    chosen = {"byol": tables.CONFIGURATIONS[3], "care": tables.CONFIGURATIONS[6]}
-    methods = {}
-    for words in commands:
-        if Path(words[1]).name == "train.py":
-            _, args = script_and_flags(words, [])
-            name = Path(args.out).name.removesuffix("_seed0")
-            methods[name] = "byol" if name.endswith("byol") else "care"
-            found = {key: getattr(args, key) for key in tables.TRIED}
-            assert found == chosen[methods[name]] and args.max_steps is None
-    assert {"byol", "care", "lambda0", "lambda0_byol", "sequential_byol"} < set(methods)
-    page = tables.page(tables.parse_args(["--tuned"]), {}).replace("\n", " ")
-    for method, name in (("byol", "BYOL"), ("care", "CARE")):
-        assert f"{name}: `{' '.join(tables.flags_of(chosen[method]))}`." in page
-    refused(capsys, "--tuned", "--train-flags", "--precision bf16", script=tables,
-            match="docs/trials.json: byol_trial1, seed 10, kNN: precision of train.py was 'auto'")
 
-
-def test_lines_of_untuned_encoders_do_not_go_on_as_tuned(pretence, monkeypatch, capsys):
-    tables.main(["--trials"])
-    tables.main(["--only", "table1a", "--seeds", "0"])
-    refused(capsys, "--tuned", script=tables,
-            match="docs/tables.json: (byol|care), seed 0, .* was ")
-    page = tables.page(tables.parse_args(["--tuned"]), tables.read_results("docs/tables.json"))
-    flags = " ".join(tables.flags_of(tables.CONFIGURATIONS[0]))
-    assert f"Both kept `{flags}`, with which all rows run." in page.replace("\n", " ")
-    shown = listed(capsys, "--tuned", "--results", "tuned.json")[0]
-    assert "lambda0_seed0" in shown and "_byol" not in shown  # it would be the same run again
+def test_the_recipe_of_clutter_is_the_choice_of_both():
+    """Of the trials in docs/trials.json, which today's commands could go on with."""
+    results = tables.read_results(ROOT / "docs/trials.json")
+    args = tables.parse_args(["--trials", "--train-flags", "--precision bf16"])
+    jobs = tables.jobs_of(tables.trial_cells(args))
+    assert {key for key in jobs if key[1] == "kNN"} == set(results)
+    tables.check_settings(jobs, results, "docs/trials.json")
+    for method in tables.TUNED:
+        chosen = tables.CONFIGURATIONS[tables.best_trial(results, method)]
+        assert chosen == {name: data.RECIPES["clutter"][name] for name in tables.TRIED}
 
 
 def test_scores_of_other_images_are_not_mixed(pretence, monkeypatch, capsys):
