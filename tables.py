@@ -608,13 +608,6 @@ differs, one in twenty is significant by chance.
 WHAT = {"clutter": " (ten classes, two objects of one class that cover 5 to 20 % of the image "
                    "among scraps that mean nothing)",
         "shapes": " (ten classes, one large object)"}
-TUNING = {
-    "clutter": """The recipe of `clutter` is what BYOL and CARE both chose among the same {count}
-configurations, with seeds {seeds}, stopped after {steps} steps ([the
-trials](measured.md#the-trials-of-equal-tuning)).""",
-    "shapes": """BYOL and CARE have the same recipe. It was searched with CARE: blocks, tau, rate
-and crops on seeds 0 and 1, [the predictors' rate](measured.md#how-its-recipe-was-found) on 10 and
-11."""}
 PROTOCOL = """**The comparison of BYOL and CARE.** This paragraph was written before its first run
 and is not changed after it. Tuning: BYOL and CARE get the same {count} configurations, drawn once
 at random from {tried}; seeds {seeds}; {steps} of 1,000 steps; each method keeps the configuration
@@ -627,6 +620,15 @@ seeds are no test seeds.
 `python tables.py --trials --train-flags '--precision bf16'` makes the trials, `docs/trials.json`.
 Both methods chose the same configuration, which has since been the recipe of `clutter`; so the rows
 of seeds 0 to 9 are the test."""
+TUNING = {
+    "clutter": """The recipe of `clutter` is what BYOL and CARE both chose among the same {count}
+configurations, with seeds {seeds}, stopped after {steps} steps ([the
+trials](measured.md#the-trials-of-equal-tuning)).
+
+""" + PROTOCOL,
+    "shapes": """BYOL and CARE have the same recipe. It was searched with CARE: blocks, tau, rate
+and crops on seeds 0 and 1, [the predictors' rate](measured.md#how-its-recipe-was-found) on 10 and
+11."""}
 PAPER = """# The paper's tables
 
 Made by `{command}`, with the paper's encoders, epochs and settings. Scores in percent: mean ±
@@ -772,13 +774,11 @@ def page(args, results):
     if args.miniature:
         run = train.parse_args(["--data", args.data, *shlex.split(args.train_flags)])
         name = args.data.partition(":")[0]
-        trials = {"count": len(CONFIGURATIONS), "steps": TRIAL_STEPS,
-                  "seeds": " and ".join(map(str, TRIAL_SEEDS))}
-        tuning = TUNING.get(name, "").format(**trials)
-        if name == "clutter":
-            tried = "; ".join(f"`--{flag.replace('_', '-')}` {', '.join(map(str, values))}"
-                              for flag, values in TRIED.items())
-            tuning += "\n\n" + PROTOCOL.format(tried=tried, **trials)
+        tried = "; ".join(f"`--{flag.replace('_', '-')}` {', '.join(map(str, values))}"
+                          for flag, values in TRIED.items())
+        tuning = TUNING.get(name, "").format(
+            count=len(CONFIGURATIONS), tried=tried, steps=TRIAL_STEPS,
+            seeds=" and ".join(map(str, TRIAL_SEEDS)))
         text = MINIATURE.format(
             command=command, arch=ARCH_NAMES.get(run.arch, run.arch), size=run.image_size[0],
             data=args.data, what=WHAT.get(name, ""), epochs=run.epochs,

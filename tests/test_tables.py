@@ -229,7 +229,7 @@ def test_an_argument_younger_than_a_line_was_its_default(pretence, capsys):
         assert line["settings"]["train.py"].pop("predictor_lr") == 1
     Path("docs/tables.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tables.main(flags)
-    refused(capsys, *QUICK, script=tables, match="predictor_lr of train.py was 1, is 10")
+    refused(capsys, *QUICK, script=tables, match="predictor_lr of train.py was 1, is 10; give")
 
 
 def test_a_broken_results_file_is_not_taken_for_an_empty_one(pretence, capsys):
@@ -283,8 +283,8 @@ def test_the_readme_has_the_recorded_differences(name, better, worse, scores):
     answer = readme.partition("## Is CARE better than BYOL here?")[2].partition("## ")[0]
     results = tables.read_results(ROOT / tables.parse_args(["--data", name]).results)
     for score in scores:
-        a, b = ([results[key]["result"]["top1"] for key in sorted(results)
-                 if key[:2] == (encoder, score)] for encoder in (better, worse))
+        a, b = ([value for value, in tables.values_of(results, encoder, score, "top1").values()]
+                for encoder in (better, worse))
         assert len(a) == len(b) == 10
         difference, half, p = tables.welch(a, b)
         interval = f"{difference - half:+.1f} to {difference + half:+.1f}"
