@@ -280,33 +280,48 @@ def test_the_comparison_that_was_laid_down_is_complete():
             assert sorted(tables.values_of(results, encoder, score, "sha256")) == list(range(10))
 
 
+def recorded_difference(name, better, worse, score):
+    """Difference of two encoders with ten seeds, its 95 % interval, and p, as texts."""
+    results = tables.read_results(ROOT / tables.parse_args(["--data", name]).results)
+    a, b = ([value for value, in tables.values_of(results, encoder, score, "top1").values()]
+            for encoder in (better, worse))
+    assert len(a) == len(b) == 10
+    difference, half, p = tables.welch(a, b)
+    interval = f"{difference - half:+.1f} to {difference + half:+.1f}"
+    return f"{difference:+.1f}", interval, "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
 PROBED, ALL = ["linear", "kNN"], ["linear", "kNN", "1 %", "10 %"]
 
 
-@pytest.mark.parametrize("page, name, better, worse, scores", [
-    ("README.md", "shapes", "care", "byol", PROBED),
-    ("README.md", "clutter", "care", "byol", ALL),
-    ("README.md", "clutter", "care", "lambda0", ["linear"]),
-    ("README.md", "clutter", "lambda0", "byol", ["linear"]),
-    ("README.md", "clutter", "care", "sequential", ["linear"]),
-    ("docs/measured.md", "shapes", "care", "byol", PROBED),
-    ("docs/measured.md", "clutter", "care", "byol", ALL),
-    ("docs/measured.md", "clutter", "care", "lambda0", ALL),
-    ("docs/measured.md", "clutter", "lambda0", "byol", PROBED),
-    ("docs/measured.md", "clutter", "care", "sequential", ALL)])
-def test_the_pages_have_the_recorded_differences(page, name, better, worse, scores):
-    """Each with its interval and p, as the tables have those that they have."""
-    text = " ".join((ROOT / page).read_text().split())
-    results = tables.read_results(ROOT / tables.parse_args(["--data", name]).results)
+@pytest.mark.parametrize("label, name, better, worse, scores", [
+    ("CARE less BYOL", "clutter", "care", "byol", ALL),
+    ("CARE less lambda 0", "clutter", "care", "lambda0", ALL),
+    ("lambda 0 less BYOL", "clutter", "lambda0", "byol", ALL),
+    ("CARE less sequential", "clutter", "care", "sequential", ALL),
+    ("CARE less BYOL, `shapes`", "shapes", "care", "byol", PROBED)])
+def test_the_readme_has_the_recorded_differences(label, name, better, worse, scores):
+    cells = [""] * 4
+    for i, score in enumerate(scores):
+        difference, interval, _ = recorded_difference(name, better, worse, score)
+        cells[i] = f"{difference} ({interval})"
+    row = " ".join(" | ".join(["", label, *cells, ""]).split())
+    assert row in (ROOT / "README.md").read_text().splitlines()
+
+
+@pytest.mark.parametrize("name, better, worse, scores", [
+    ("shapes", "care", "byol", PROBED),
+    ("clutter", "care", "byol", ALL),
+    ("clutter", "care", "lambda0", ALL),
+    ("clutter", "lambda0", "byol", PROBED),
+    ("clutter", "care", "sequential", ALL)])
+def test_measured_has_the_recorded_differences(name, better, worse, scores):
+    """Each with its interval and p."""
+    text = " ".join((ROOT / "docs/measured.md").read_text().split())
     for score in scores:
-        a, b = ([value for value, in tables.values_of(results, encoder, score, "top1").values()]
-                for encoder in (better, worse))
-        assert len(a) == len(b) == 10
-        difference, half, p = tables.welch(a, b)
-        interval = f"{difference - half:+.1f} to {difference + half:+.1f}"
-        p = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
-        words = [re.escape(word) for word in (f"{difference:.1f}", interval, p)]
-        assert re.search(rf"{words[0]} [^(]*\([^(]*{words[1]}, {words[2]}", text)
+        texts = recorded_difference(name, better, worse, score)
+        difference, interval, p = map(re.escape, (texts[0].lstrip("+"), *texts[1:]))
+        assert re.search(rf"{difference} [^(]*\([^(]*{interval}, {p}", text)
 
 
 @pytest.mark.parametrize("flags, match", [
