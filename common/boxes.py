@@ -6,6 +6,7 @@ An object is a dict, as annotations.py has it; its mask may also be an array.
 A mistake in an annotation is an InputError and ends a run; only an image that cannot be decoded is
 passed over.
 """
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ def as_mask(outline, height, width):
 
 
 def digest_with_boxes(source, root, split):
-    """`digest_of` a source of `open_sources`, its annotations' files included."""
+    """`digest_of` a source of `open_sources`, with what its annotations' files contain."""
     if not hasattr(source, "path"):
         return digest_of(source)
     images = [os.path.relpath(source.path(index), root) for index in range(len(source))]
@@ -70,7 +71,11 @@ def digest_with_boxes(source, root, split):
     if images[0].startswith("VOCdevkit"):
         others = [name.replace("JPEGImages", "Annotations") for name in images]
         annotations = [os.path.splitext(name)[0] + ".xml" for name in others]
-    return digest_of_files(root, annotations + images)
+    digest = hashlib.sha256(digest_of_files(root, images).encode())
+    for name in annotations:
+        with open(os.path.join(root, name), "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def as_tensors(pair, flip=0.0):
