@@ -11,7 +11,7 @@ from torch.utils.data import Subset
 
 from care import l2_normalize, pool
 from common.data import labels_of
-from common.ranks import take_buffers_of_rank_0
+from common.ranks import fail, take_buffers_of_rank_0
 from common.views import centre_crop, to_input
 
 TEMPERATURE = 0.07  # a neighbour's vote is exp(cosine / temperature)
@@ -35,12 +35,15 @@ def frozen(encoder):
 def features(run, args, encoder, source, what, autocast, replace=False):
     """This rank's share of a data set: yields pooled features (B, dim5), float32, and labels (B,).
 
-    Of centre crops, under `autocast`; what, replace: of run.in_order.
+    Of centre crops, under `autocast`; what, replace: of run.in_order. Exit code 1 if a feature is
+    not finite: its neighbours and scores would look like those of an honest failure.
     """
     crop = partial(centre_crop, size=args.image_size)
     for crops, labels in run.in_order(source, crop, what, replace=replace):
         with autocast:
             pooled = pool(encoder(to_input(crops, run.device))[1])  # (B, dim5)
+        if not pooled.isfinite().all():
+            fail(f"{what}: not finite in {pooled.dtype}; try --precision fp32", code=1)
         yield pooled.float(), labels.to(run.device, non_blocking=True)
 
 

@@ -142,6 +142,21 @@ def test_knn_gives_nothing_after_a_signal(batches, warm_encoder, monkeypatch):
     assert found is None and len(seen) == batches
 
 
+def test_features_that_are_not_finite_have_no_score(capsys):
+    """Finite weights whose activations overflow: kNN's votes would be those of a guess."""
+    torch.manual_seed(0)
+    run, args = alone()
+    encoder = Encoder("thin")
+    with torch.no_grad():
+        encoder.bn1.weight.fill_(1e30)
+        next(encoder.layer1.parameters()).mul_(1e12)
+    assert all(value.isfinite().all() for value in encoder.state_dict().values())
+    with pytest.raises(SystemExit) as caught:
+        knn.knn(run, args, encoder, Shapes("train", 20, 32), Shapes("val", 20, 32), (5,))
+    assert caught.value.code == 1
+    assert "val features: not finite in torch.float32" in capsys.readouterr().err
+
+
 def knn_of_a_rank(weights, out):
     """kNN of odd numbers of images; a rank's running statistics are its own on a CPU."""
     run, args = alone()
