@@ -9,8 +9,9 @@
   python bench.py --roofline --precision bf16
                                               the least time on an H100
 
-Takes train.py's flags (those on saving, logging, --init, kNN and RankMe have
-no effect; without --data nothing is read) and prints one line of JSON.
+Takes train.py's flags, except --accum-steps and --augment (those on saving,
+logging, --init, kNN and RankMe have no effect; without --data nothing is read),
+and prints one line of JSON.
 Efficiency is the step's FLOP/s over those of a supervised step of the same
 encoder in the same process. --memory prints a table: what torch's allocator
 holds at most in a step with DDP. It and --roofline also work on a GPU that
@@ -276,6 +277,9 @@ def main(argv=None):
         help=f"compute instead how long {PAIRS} pairs take an H100 at least")
     args = fill_in(parser.parse_args(argv))
     args.out = None  # no directory
+    if args.accum_steps > 1 or args.augment == "worker":
+        fail("bench.py times one part of a step, views on the device: leave out --accum-steps and "
+             "--augment worker")
     loading = any(flag.partition("=")[0] == "--data" for flag in argv)
     with Run(args, ()) as run:
         if run.world > 1:

@@ -330,7 +330,8 @@ def train_classifier(run, args, encoder, train, val):
              code=1)
     trained = {"protocol": "linear", "head": args.head, "lr": args.lr, "epochs": args.epochs,
                "batch_size": args.batch_size, "sync_bn": args.sync_bn, "labels": len(train),
-               "seed": args.seed, "data_digest": args.data_digest}
+               "seed": args.seed, "image_size": args.image_size,
+               "protocol_version": args.protocol_version, "data_digest": args.data_digest}
     run.write("classifier.pth", {"head": args.head, "classes": list(val.classes),
                                  "sha256": args.sha256, "trained": trained,
                                  "state": head.state_dict()})
@@ -346,12 +347,15 @@ def score_classifier(run, args, encoder, val):
             raise InputError(f"{path}: not a classifier that was trained on {args.pretrained}")
         if relabel(val, saved["classes"]):
             raise InputError(f"{path}: trained for other classes than those of {args.data}")
+        size = saved["trained"].get("image_size", args.image_size)  # older ones do not say
+        if size != args.image_size:
+            raise InputError(f"{path}: trained at --image-size {size}, not {args.image_size}")
         head = new_head(saved["head"], encoder.dim5, len(val.classes))
         check_state(path, saved["state"], head.state_dict())
         head.load_state_dict(saved["state"])
     model = Probe(encoder, head).to(run.device)
     top1, top5 = evaluate(run, args, model, val)
-    trained = {"data_digest": None} | saved["trained"]  # older ones do not say
+    trained = {"data_digest": None, "protocol_version": None} | saved["trained"]
     return {"top1": top1, "top5": top5, **trained, "classifier": path}
 
 

@@ -347,11 +347,15 @@ def pretrain_step(parallel, optimizer, run, batches, views_of, lr, tau):
 
 # ----------------------------------------------------------------------- kNN and RankMe on the way
 def watched_before(run):
-    """kNN's and RankMe's values in the log of an earlier start, on rank 0: by name, by step."""
+    """kNN's and RankMe's values in the log of an earlier start, on rank 0: by name, by step.
+
+    None of a line that says another number of images for kNN to compare with.
+    """
     watched = {"knn": {}, "rankme": {}}
     for line in run.lines:
         for name in watched.keys() & line.keys():
-            if "step" in line:
+            bank = line.get("knn_images", run.args.knn_images)
+            if "step" in line and bank == run.args.knn_images:
                 watched[name][line["step"]] = line[name]
     return watched
 
@@ -359,7 +363,8 @@ def watched_before(run):
 def watch_when_due(run, args, encoder, images, watched, steps_per_epoch, step):
     """Log kNN's top-1 on val and RankMe after `step`, each if it is due and not yet in `watched`.
 
-    images: those to train on, kNN's bank and val. A copy of the encoder is scored.
+    images: those to train on, kNN's bank and val. A copy of the encoder is scored. -> whether a
+    signal came before all was scored.
     """
     source, bank, val = images
     for name, every in (("knn", args.knn_every), ("rankme", args.rank_every)):
@@ -372,11 +377,13 @@ def watch_when_due(run, args, encoder, images, watched, steps_per_epoch, step):
             value = scores and scores["top1"]
         else:
             value = rankme(run, args, encoder, source)
-        if value is None:  # a signal
-            return
+        if value is None:
+            return True
         watched[name][step] = value
-        run.log({"step": step, "epoch": step // steps_per_epoch, name: value})
+        bank_size = {"knn_images": args.knn_images} if name == "knn" else {}
+        run.log({"step": step, "epoch": step // steps_per_epoch, name: value, **bank_size})
         run.show(**{name: f"{value:.1f}"})
+    return False
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -444,7 +451,7 @@ def pretrain(run, args):
     views_of = partial(make_views, device=run.device, mode=args.augment)
     watch = partial(watch_when_due, run, args, encoder, (source, bank, val), watched,
                     steps_per_epoch)
-    watch(start)
+    stopped = watch(start)
     for step, batches in run.batches(stream, args.batch_size, args.accum_steps):
         lr = lr_at(step, total_steps, warmup_steps, peak_lr)
         tau = tau_at(step + 1, total_steps, args.tau_base)  # of the update after this step
@@ -456,8 +463,10 @@ def pretrain(run, args):
             rates["lr_predictor"] = lr * args.predictor_lr
         run.after(step + 1, meters, keep=f"epoch{epoch:04.0f}" if kept else None,
                   epoch=round(epoch, 4), **rates)
-        watch(step + 1)
+        stopped = watch(step + 1)
     last_lines = f"step {run.total} of {run.total}: {ending(args, watched['knn'])}"
+    if stopped:
+        last_lines = f"{args.out}: stopped while scoring; the same command resumes it"
     run.finish(run.unfinished() or last_lines)
 
 

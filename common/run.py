@@ -222,7 +222,7 @@ class Run:
             model = self.parts["model"]
             model.zero_grad(set_to_none=True)
             try:
-                for buffers, before in self.buffers:
+                for buffers, before in self.buffers if self.in_step else ():
                     torch._foreach_copy_(buffers, before)
                 if is_finite(model) and all(map(torch.isfinite, self.meters.values())):
                     self.write_checkpoint("last")
@@ -271,7 +271,7 @@ class Run:
                     note(f"{path}: did not say of which images it is, only of how many; now it is "
                          f"of those in {self.args.data}")
             elif self.rank == 0:
-                check_nothing_lost(self.out)
+                check_nothing_lost(self.out, vars(self.args), self.free)
         if self.world > 1:
             handed_on = [checkpoint]
             dist.broadcast_object_list(handed_on, 0, device=torch.device("cpu"))
@@ -281,6 +281,9 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
             self.step, self.known = checkpoint["step"], checkpoint["unreadable"]
+            with self.writing():
+                if self.rank == 0:
+                    self.write_exports()  # they may be gone, or of a later step
         self.total, self.save_every, self.saved = total, save_every, self.step
         self.stop = min(total, self.args.max_steps or total)
         self.lines = self.begin_log()
@@ -300,6 +303,7 @@ class Run:
         by_type = [[buffer for buffer in buffers if buffer.dtype == dtype]
                    for dtype in {buffer.dtype for buffer in buffers}]
         self.buffers = [(some, [buffer.clone() for buffer in some]) for some in by_type]
+        self.in_step = False
         self.logged, self.logged_at = self.step, time.perf_counter()
         sampler = numbers(self.step, self.stop, batch_size, self.rank, self.world, accum_steps)
         loaded = load_batches(stream, sampler, self.args.workers, self.device, collate)
@@ -318,6 +322,7 @@ class Run:
             # as they are before a step: one that fails has moved them already
             for buffers, before in self.buffers:
                 torch._foreach_copy_(before, buffers)  # one launch for all of a type
+            self.in_step = True
             yield step, [batch[:-1] for batch in batches]
         self.bar.close()
         self.save()
@@ -332,7 +337,7 @@ class Run:
         else the log's line holds; keep: name of a checkpoint of this step that stays. Diverged when
         meters, weights or statistics are not finite, checked before each line and checkpoint.
         """
-        self.step, self.meters = done, meters
+        self.step, self.meters, self.in_step = done, meters, False
         self.bar.update()
         if done % self.args.log_every == 0 or done == self.total:
             values, unreadable = self.check()
@@ -375,21 +380,25 @@ class Run:
 
     def write_checkpoint(self, name):
         """Write the exports, then NAME.pth: a step in last.pth has all files. Rank 0 alone."""
-        for file, module in self.exports.items():
-            weights = {key: value.cpu() for key, value in module.state_dict().items()}
-            write_whole(f"{self.out}/{file}", as_bytes(torch.save, weights))
+        self.write_exports()
         state = {part: self.parts[part].state_dict() for part in self.parts}
         state |= {"step": self.step, "args": vars(self.args),
                   "unreadable": sorted(self.unreadable.known)}
         write_whole(f"{self.out}/{name}.pth", as_bytes(torch.save, state | self.more))
 
+    def write_exports(self):
+        """Write the weights that have files of their own. Rank 0 alone."""
+        for file, module in self.exports.items():
+            weights = {key: value.cpu() for key, value in module.state_dict().items()}
+            write_whole(f"{self.out}/{file}", as_bytes(torch.save, weights))
+
     def unfinished(self):
         """Why training ended before its last step, and what to type next; "" at its end."""
-        if self.step == self.total:
-            return ""
         most, where = self.args.max_steps, f"{self.out}: step {self.step} of {self.total}"
         if most and self.step > most:
             return f"{where}: already beyond --max-steps {most}"
+        if self.step == self.total:
+            return ""
         if self.step == most:
             return (f"{where}: as --max-steps says; with a larger one, or without it, the same "
                     "command resumes it")
@@ -445,9 +454,10 @@ class Run:
         path, kept = Path(self.out) / "log.jsonl", []
         with user_errors():
             if self.rank == 0:
-                if self.step and path.exists():
+                if path.exists():
                     lines = read_lines(path)
-                    kept = [line for line in lines if line.get("step", 0) <= self.step]
+                    kept = [line for line in lines if "sha256" in line or
+                            self.step and line.get("step", 0) <= self.step]  # scores stay
                     if len(lines) < path.read_bytes().count(b"\n"):
                         write_whole(f"{path}.damaged", path.read_bytes())
                         note(f"{path}: lines that cannot be read are left out; {path}.damaged is "
@@ -463,8 +473,12 @@ class Run:
         path = Path(self.out) / "log.jsonl"
         with user_errors(1, f"cannot write {path} (what was there before stays): "):
             if self.rank == 0:
-                with open(path, "a") as file:
-                    file.write(json.dumps(fields) + "\n")
+                with open(path, "a+b") as file:
+                    end = file.seek(0, os.SEEK_END)
+                    file.seek(max(0, end - 1))
+                    if file.read() not in (b"", b"\n"):  # a disk was full within a line
+                        file.write(b"\n")
+                    file.write(json.dumps(fields).encode() + b"\n")
 
     def show(self, **texts):
         """Add texts to those beside the progress bar."""
@@ -584,17 +598,25 @@ def lock_file(file):
     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # POSIX: surviving workers hold nothing
 
 
-def check_nothing_lost(out):
-    """InputError when a run would begin over files that no run has left in its directory."""
-    log = Path(out) / "log.jsonl"
+def check_nothing_lost(out, now, free):
+    """InputError when a run would begin over files that are not its own.
+
+    now: its arguments, a dict; free: names of those that may differ. What a run with the same
+    arguments has left before its first checkpoint is its own.
+    """
+    log, headers = Path(out) / "log.jsonl", []
     if log.exists() and log.stat().st_size:
-        if not any("args" in line for line in read_lines(log)):
+        headers = [line["args"] for line in read_lines(log) if "args" in line]
+        if not headers:
             raise InputError(f"{log}: not a run's log; choose another --out, or move it")
+    then, now = headers[-1] if headers else {}, json.loads(json.dumps(now))
+    if headers and all(then[name] == now[name] for name in {*then} & {*now} - {*free}):
         return
     for name in OWN_FILES:
         for file in Path(out).glob(name):
-            raise InputError(f"{file}: not of a run that could go on, and would be replaced; "
-                             "choose another --out, or move it")
+            if file != log:
+                raise InputError(f"{file}: not of a run that could go on, and would be replaced; "
+                                 "choose another --out, or move it")
 
 
 def check_same_run(path, checkpoint, now, parts, free, defaults):
@@ -613,6 +635,8 @@ def check_same_run(path, checkpoint, now, parts, free, defaults):
         names.discard("data_digest")
     if None in (then.get("val_digest"), now.get("val_digest")):  # kNN may come and go
         names.discard("val_digest")
+        if "val_digest" in now and now["val_digest"] is None:  # and come again, on the same images
+            now["val_digest"] = then.get("val_digest")
     places = [then["data"], now["data"]]
     folders = not any(place.partition(":")[0] in NAMED_SETS for place in places)
     moved = folders and len(set(map(os.path.realpath, places))) == 2

@@ -36,6 +36,11 @@ def test_bench_is_for_one_process(capsys, monkeypatch):
     refused(capsys, *FLAGS, match="measures one process", script=bench)
 
 
+@pytest.mark.parametrize("flags", [["--accum-steps", "2"], ["--augment", "worker"]])
+def test_what_would_have_no_effect_is_refused(flags, capsys):
+    refused(capsys, *FLAGS, *flags, match="leave out --accum-steps and", script=bench)
+
+
 def test_the_roofline_counts_bytes_and_flop(capsys, monkeypatch):
     """Of each operation, the longer of the two; a step's FLOP are those of the bench."""
     a, x = torch.randn(64, 32), torch.randn(2, 3, 8, 8)

@@ -222,10 +222,39 @@ def test_a_saved_classifier_is_scored_again(encoder_file, tmp_path, capsys, monk
     refuse(capsys, "not a classifier that was trained on random", *RANDOM, "--evaluate", classifier,
            "--out", tmp_path / "c")
     refuse(capsys, "No such file", *flags, "--evaluate", "--out", tmp_path / "c")
+    refuse(capsys, r"trained at --image-size \[32, 32\], not \[64, 64\]", *flags, "--evaluate",
+           classifier, "--image-size", 64, "--out", tmp_path / "c")
+    older = torch.load(classifier, weights_only=True)
+    for name in ("image_size", "protocol_version", "data_digest"):
+        del older["trained"][name]
+    torch.save(older, tmp_path / "older.pth")
+    found = evaluated(capsys, tmp_path / "c", *flags, "--evaluate", tmp_path / "older.pth")
+    assert found["top1"] == trained["top1"] and found["protocol_version"] is None
     refuse(capsys, "not allowed with", *flags, "--evaluate", "--knn", "--out", tmp_path / "c")
     torch.save({"sha256": again["sha256"], "classes": ["a"]}, tmp_path / "other.pth")
     refuse(capsys, "other classes than those of shapes:60", *flags, "--out", tmp_path / "c",
            "--evaluate", tmp_path / "other.pth")
+
+
+def test_scores_stay_in_the_log_when_a_run_begins(encoder_file, tmp_path, capsys):
+    """kNN's, where the classifier is trained afterwards in the same directory."""
+    flags = ["--pretrained", encoder_file]
+    first = evaluated(capsys, tmp_path, *flags, "--knn")
+    second = evaluated(capsys, tmp_path, *flags)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    scores = [{name: line[name] for name in line if name != "args"}
+              for line in lines if "sha256" in line]
+    assert scores == [first, second]
+
+
+def test_a_line_that_a_full_disk_cut_does_not_swallow_the_next(encoder_file, tmp_path, capsys):
+    flags = ["--pretrained", encoder_file, "--knn"]
+    evaluated(capsys, tmp_path, *flags)
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes() + b'{"encoder": "cut')
+    evaluated(capsys, tmp_path, *flags)
+    whole, cut, last = log.read_text().splitlines()
+    assert json.loads(whole)["top1"] == json.loads(last)["top1"] and cut == '{"encoder": "cut'
 
 
 def test_folders_of_another_validation_set(tmp_path):

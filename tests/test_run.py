@@ -164,6 +164,15 @@ def test_the_schedule_ends_a_run(tmp_path):
     assert len(train_small(tmp_path / "equal", "--max-steps", 8)) == 8
 
 
+def test_a_finished_run_is_not_one_of_fewer_steps(tmp_path, capsys):
+    """Its encoder would be taken for one that was stopped there."""
+    train_small(tmp_path)
+    assert ": encoder in " in capsys.readouterr().out
+    train_small(tmp_path, "--max-steps", 4)
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert shown == f"{tmp_path}: step 8 of 8: already beyond --max-steps 4"
+
+
 @pytest.mark.parametrize("signalled", [None, 3, 4])
 def test_the_end_says_how_to_go_on(signalled, tmp_path, monkeypatch, capsys):
     """--max-steps 4 is reached, without a signal or with one in the last step; or one in step 3."""
@@ -391,10 +400,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(reference, tmp_path, capsys, mon
         return fail() if Path(path).name == "last.pth" else write_whole(path, content)
 
     def fail_to_add(path, mode="r"):
-        return fail() if mode == "a" else open(path, mode)
+        return fail() if mode == "a+b" else open(path, mode)
 
     for place, name, function, code, match in (
-            (os, "fsync", fail, 2, "No space left"),  # the log cannot be opened
+            (os, "fsync", fail, 1, f"cannot write to {tmp_path} .*No space left"),  # at once
             (run_module, "write_whole", fail_at_last, 1,
              f"cannot write to {tmp_path} .*No space left"),
             (run_module, "open", fail_to_add, 1, "cannot write .*log.jsonl .*No space left")):
@@ -677,6 +686,32 @@ def test_a_run_killed_before_its_first_checkpoint_goes_on(reference, tmp_path):
     assert same_log(tmp_path, reference) and same_encoder(tmp_path, reference)
 
 
+def test_a_runs_files_without_its_checkpoint_are_no_other_runs(tmp_path, capsys):
+    """Its encoder would be replaced by that of other arguments; the same ones make it again."""
+    train_small(tmp_path)
+    (tmp_path / "last.pth").unlink()
+    before = (tmp_path / "encoder.pth").read_bytes(), (tmp_path / "log.jsonl").read_bytes()
+    refused(capsys, *SMALL, "--seed", 5, "--out", tmp_path,
+            match="encoder.pth: not of a run that could go on")
+    assert before == ((tmp_path / "encoder.pth").read_bytes(),
+                      (tmp_path / "log.jsonl").read_bytes())
+    train_small(tmp_path)
+    assert (tmp_path / "encoder.pth").read_bytes() == before[0]
+
+
+def test_the_encoders_file_is_of_the_checkpoint(tmp_path, capsys):
+    """Also where no step is left to make: it is gone, or a kept checkpoint has taken its place."""
+    train_small(tmp_path, "--keep-epochs", 1)
+    (tmp_path / "encoder.pth").rename(tmp_path / "whole.pth")
+    train_small(tmp_path)
+    assert (tmp_path / "encoder.pth").read_bytes() == (tmp_path / "whole.pth").read_bytes()
+    shutil.copy(tmp_path / "epoch0001.pth", tmp_path / "last.pth")
+    train_small(tmp_path, "--max-steps", 4)
+    half = torch.load(tmp_path / "last.pth", weights_only=True)["model"]
+    for name, value in torch.load(tmp_path / "encoder.pth", weights_only=True).items():
+        assert torch.equal(value, half[f"online.encoder.{name}"])
+
+
 @pytest.mark.parametrize("damage", [
     lambda log: log.decode().encode("utf-16"),
     lambda log: log + b'[1, 2]\n"text"\n{"step": "four"}\n\xff\xfe\n',
@@ -821,6 +856,23 @@ def test_out_of_memory_in_a_step(error, reference, tmp_path, capsys, monkeypatch
     assert line.startswith(f"error: {tmp_path}: out of memory") and line.endswith(
         ": a smaller --batch-size or more --accum-steps needs less, in another --out; saved is "
         "step 3 of 8")
+    train_small(tmp_path)
+    assert same_log(tmp_path, reference) and same_encoder(tmp_path, reference)
+
+
+def test_out_of_memory_while_a_step_is_saved(reference, tmp_path, capsys, monkeypatch):
+    """The step is whole: its statistics are kept, unlike those of a step that failed."""
+    calls, as_bytes = [], run_module.as_bytes
+
+    def once(*args):
+        calls.append(0)
+        if len(calls) == 1:
+            raise MemoryError
+        return as_bytes(*args)
+
+    monkeypatch.setattr(run_module, "as_bytes", once)
+    line = refused(capsys, *SMALL, "--out", tmp_path, code=1)
+    assert line.endswith("saved is step 8 of 8")
     train_small(tmp_path)
     assert same_log(tmp_path, reference) and same_encoder(tmp_path, reference)
 
@@ -1075,6 +1127,7 @@ def test_scores_of_knn_are_all_of_the_same_images(tmp_path, capsys):
     refused(capsys, *SMALL, *flags, "--out", out, match=r"\(val_digest was")
     train_small(out, *flags[:2], "--max-steps", 3)  # kNN is off
     assert len(steps(out)) == 5  # two of them are scores
+    refused(capsys, *SMALL, *flags, "--out", out, match=r"\(val_digest was")  # still
 
 
 def test_a_named_set_is_not_the_folder_of_its_name():

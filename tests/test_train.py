@@ -610,7 +610,7 @@ def test_knn_changes_nothing_and_is_neither_lost_nor_repeated(labelled, tmp_path
     lines = steps(tmp_path / "on")
     scores = [line for line in lines if "knn" in line]
     assert [(line["step"], line["epoch"]) for line in scores] == [(0, 0), (4, 1), (8, 2)]
-    assert all(set(line) == {"step", "epoch", "knn"} for line in scores)
+    assert all(set(line) == {"step", "epoch", "knn", "knn_images"} for line in scores)
     losses = [[line["loss"] for line in steps(tmp_path / name) if "loss" in line]
               for name in ("on", "off")]
     assert losses[0] == losses[1] and same_encoder(tmp_path / "on", tmp_path / "off")
@@ -643,14 +643,25 @@ def test_a_signal_during_knn_saves_first(score, labelled, tmp_path, monkeypatch,
     capsys.readouterr()
     monkeypatch.setattr(train, "knn", interrupted)
     train_small(tmp_path / "parts", *flags)
-    if score < 2:
-        ending = f"/parts: step {4 * score} of 8: stopped, the same command resumes it"
-        assert f"{tmp_path}{ending}" in capsys.readouterr().out
+    ending = f"step {4 * score} of 8: stopped, the same command resumes it"
+    if score == 2:
+        ending = "stopped while scoring; the same command resumes it"
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path}/parts: {ending}"
     assert sum("knn" in line for line in steps(tmp_path / "parts")) == score
     assert saved() == 4 * score
     train_small(tmp_path / "parts", *flags)
     assert same_log(tmp_path / "parts", tmp_path / "whole")
     assert same_encoder(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_scores_of_knn_are_all_of_as_many_images(labelled, tmp_path, capsys):
+    """Those of another --knn-images stay in the log, and are not compared with."""
+    flags = ["--data", labelled, "--knn-every", 1]
+    train_small(tmp_path, *flags, "--knn-images", 6, "--max-steps", 4)
+    lines = train_small(tmp_path, *flags, "--knn-images", 4)
+    scores = [(line["step"], line["knn_images"]) for line in lines if "knn" in line]
+    assert scores == [(0, 6), (4, 6), (4, 4), (8, 4)]
+    assert "after step 4, " in capsys.readouterr().out.splitlines()[-2]
 
 
 def test_knn_may_begin_late(labelled, tmp_path, capsys):
