@@ -1,4 +1,5 @@
 """common/run.py through train.py: resuming, mistakes and slips, disks, signals, kills."""
+import contextlib
 import errno
 import importlib
 import math
@@ -541,8 +542,12 @@ def launch(output, ranks, *command):
 def ranks_of(process):
     """The processes that torchrun started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(pid) for pid in children
-            if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    ranks = []
+    for pid in children:
+        with contextlib.suppress(FileNotFoundError):  # it has just ended
+            if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                ranks.append(int(pid))
+    return ranks
 
 
 def test_torchrun_passes_sigterm_on(tmp_path):
