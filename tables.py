@@ -14,6 +14,7 @@ NAME.md, is made from these lines. The same command again resumes. A line of
 another command, other flags or another protocol is refused by name. A job that
 fails is reported at the end and does not end the others.
 """
+import argparse
 import fcntl
 import json
 import math
@@ -70,6 +71,15 @@ FREE = {*train.FREE, *linear_eval.FREE, *detect_eval.FREE} - {"max_steps"}
 
 
 # ---------------------------------------------------------------------------------------- arguments
+def shell(text):
+    """A type= of argparse: text that a shell can split into words."""
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+    return text
+
+
 def parse_args(argv=None):
     """The command line as a namespace; a mistake in it is one line on stderr and exit code 2."""
     parser = new_parser(__doc__)
@@ -90,12 +100,12 @@ def parse_args(argv=None):
         help=f"instead of the tables: {len(CONFIGURATIONS)} configurations of BYOL and of CARE, "
              f"{TRIAL_STEPS} steps, seeds {' '.join(map(str, TRIAL_SEEDS))}")
     add = parser.add_argument_group("how").add_argument
-    add("--launcher", default="", metavar="'COMMAND'",
+    add("--launcher", type=shell, default="", metavar="'COMMAND'",
         help="what starts a script on several GPUs (default: python)")
     add("--jobs", type=count, default=1, help="jobs side by side; on a CPU they share its cores")
-    add("--train-flags", default="", metavar="'FLAGS'",
-        help="flags of train.py beside the recipe, for all pretrainings; a quick try needs its own "
-             "--results")
+    add("--train-flags", type=shell, default="", metavar="'FLAGS'",
+        help="flags of train.py beside the recipe, for all pretrainings, none that a row or a "
+             "trial has of its own; a quick try needs its own --results and --runs")
     add("--runs", type=not_empty, metavar="DIR",
         help="where the runs are (default runs/tables; of other data runs/tables_NAME)")
     add("--results", type=not_empty, metavar="FILE",
@@ -125,6 +135,8 @@ def fill_in(args):
         args.runs = f"runs/tables{suffix}"
     if args.results is None:
         args.results = "docs/trials.json" if args.trials else f"docs/tables{suffix}.json"
+    if Path(args.results).suffix != ".json":
+        fail(f"--results {args.results}: must end in .json, the page beside it in .md")
     if args.trials and not args.miniature:
         fail("--trials is for the miniature: a folder runs with the paper's settings")
     if args.trials and args.only:
@@ -132,14 +144,30 @@ def fill_in(args):
     if args.trials and sorted(args.seeds) != TRIAL_SEEDS:
         fail(f"--trials has seeds of its own, {TRIAL_SEEDS}: leave out --seeds")
     for name in args.only or ():
-        if args.miniature and "miniature" not in TABLES[name]:
-            fail(f"--only {name}: not in the miniature; give --data a folder like ImageNet's")
+        if table_of(args, name) is None:
+            fail(f"--only {name}: not in the miniature of {args.data}; give --data a folder like "
+                 "ImageNet's")
+    own = own_flags(args)
+    for word in shlex.split(args.train_flags):
+        if word.partition("=")[0] in own:
+            fail(f"--train-flags {word}: what the rows or trials have of their own; leave it out")
     known = {one for name in TABLES for row in rows_of(args, name) for one in row[1:3]}
     known = set(TUNED) if args.trials else known
     for row in args.rows or ():
         if row not in known:
             fail(f"--rows {row}: no row of these tables; they are {', '.join(sorted(known))}")
     return args
+
+
+def own_flags(args):
+    """The flags of train.py that a command gets from tables.py itself."""
+    own = {"--data", "--seed", "--out"}
+    if args.trials:
+        return own | {"--method", "--max-steps", *flags_of(CONFIGURATIONS[0])[::2]}
+    if not args.miniature:
+        own |= {"--arch", "--epochs"}
+    rows = [row for name in args.only or TABLES for row in rows_of(args, name)]
+    return own | {VARIANTS[row[1]][0] for row in rows if VARIANTS.get(row[1])}
 
 
 # --------------------------------------------------------------------------------------------- jobs
@@ -161,10 +189,20 @@ class Job(NamedTuple):
 
 
 def table_of(args, name):
-    """A table in the form that it has at this scale, or None."""
+    """A table in the form that it has at this scale, or None.
+
+    None too where CARE by the recipe is not what its row says: `shapes` has two attention blocks,
+    Table 7 says five.
+    """
     table = TABLES[name]
     if not args.miniature:
         return table
+    usual, recipe = recipe_of("folder"), recipe_of(args.data)
+    for row in table["rows"]:
+        for flag in VARIANTS.get(row[1], ())[:1]:
+            setting = flag.removeprefix("--").replace("-", "_")
+            if recipe.get(setting) != usual.get(setting):
+                return None
     return table | table["miniature"] if "miniature" in table else None
 
 
@@ -371,12 +409,25 @@ def check_settings(jobs, results, path):
             had = results[key]["settings"].get(script, {})
             for name in sorted({*settings, *had}):
                 usual = defaults_of(script).get(name) if name not in had else None
+                if name == "protocol_version":  # of before it was numbered
+                    usual = 1
                 was, now = had.get(name, usual), settings.get(name)
                 if name == "data_digest" and was is None:  # of before there were digests
                     was = re.sub(r"\d+$", "1", now)
                 if was != now:
                     fail(f"{path}: {encoder}, seed {seed}, {score}: {name} of {script} was "
                          f"{was!r}, is {now!r}; give the same, or another --results")
+
+
+def checked_results(args):
+    """The finished scores; exit code 2 if one had other settings than its job has now."""
+    results = read_results(args.results)
+    if args.trials:
+        known = trial_cells(args)
+    else:
+        known = table_cells(args, TABLES, None, sorted({seed for _, _, seed, _ in results}))
+    check_settings(jobs_of(known), results, args.results)
+    return results
 
 
 # ------------------------------------------------------------------------------------------ running
@@ -420,7 +471,8 @@ def run_job(args, job, before):
     else:
         ended = "".join(lines[-1:]).startswith("{")
     if not ended:
-        raise RuntimeError("stopped before its end; the same command resumes it")
+        last = lines[-1] if lines else "it printed nothing"
+        raise RuntimeError(f"did not reach its end: {last}")
     if job.score == "pretraining":
         return None
     result = {"figure": job.out} if job.score == "photos" else json.loads(lines[-1])
@@ -596,9 +648,9 @@ MINIATURE = """# The paper's tables in miniature
 
 Made by `{command}`: {arch} at {size} px on `{data}`{what}, {epochs} epochs in batches of
 {batch_size}. Top-1 in percent on the validation images. *linear* and *kNN* have {labels} labels and
-the encoder frozen. Cells are mean ± standard deviation over n seeds; an empty cell has not been
-run. *paper* holds the paper's own numbers, of ResNet-50 on ImageNet: only the signs of differences
-compare.
+the encoder frozen, except where a row says more. Cells are mean ± standard deviation over n seeds;
+an empty cell has not been run. *paper* holds the paper's own numbers, of ResNet-50 on ImageNet:
+only the signs of differences compare.
 
 Every difference has its 95 % interval by Welch's t, and is called significant only if the interval
 leaves out 0. The {comparisons} comparisons are not corrected for their number: where nothing
@@ -674,12 +726,10 @@ def cell(args, results, row, column):
 
 
 def chance(args, results, column):
-    """A column's chance level as text: of a guess, or the objects' share of the image; or empty."""
-    score, key = COLUMNS[column]
+    """A column's chance level as text: of a guess, or as it was measured; or empty."""
+    key = COLUMNS[column][1]
     if key in ("pointing", "energy"):
-        areas = [line["result"]["area"] for (_, its_score, _, _), line in results.items()
-                 if its_score == score]
-        return f"{statistics.mean(areas):.1f}" if areas else ""
+        return measured(results, column, "pointing_chance" if key == "pointing" else "area")
     if key not in ("top1", "top5"):
         return ""
     classes = 10  # of every named set
@@ -690,6 +740,13 @@ def chance(args, results, column):
         return ""
     guesses = 1 if key == "top1" else min(5, classes)
     return f"{100 * guesses / classes:.1f}"
+
+
+def measured(results, column, key):
+    """Mean of a number beside a column's scores, over all of them, as text; empty without any."""
+    values = [line["result"][key] for (_, score, _, _), line in results.items()
+              if score == COLUMNS[column][0]]
+    return f"{statistics.mean(values):.1f}" if values else ""
 
 
 def care_row(rows, row):
@@ -735,6 +792,10 @@ def table_lines(args, results, name):
     levels = [chance(args, results, column) for column in columns]
     if any(levels):
         lines.append(f"| chance | {' | '.join(levels)} | |")
+    fixed = [measured(results, column, "pointing_fixed") if COLUMNS[column][1] == "pointing" else ""
+             for column in columns]
+    if any(fixed):
+        lines.append(f"| same position | {' | '.join(fixed)} | |")
     for row in rows_of(args, name):
         label, _, _, _, epochs, paper = row
         cells = [cell(args, results, row, column) for column in columns]
@@ -862,13 +923,11 @@ def stop(number, frame):
 
 def main(argv=None):
     args = parse_args(argv)
-    results = read_results(args.results)
+    results = checked_results(args)
     if args.trials:
-        cells, known = trial_cells(args, args.rows), trial_cells(args)
+        cells = trial_cells(args, args.rows)
     else:
         cells = table_cells(args, args.only or TABLES, args.rows, args.seeds)
-        known = table_cells(args, TABLES, None, sorted({seed for _, _, seed, _ in results}))
-    check_settings(jobs_of(known), results, args.results)
     jobs = jobs_of(cells)
     if args.list:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of `| head`
@@ -881,7 +940,7 @@ def main(argv=None):
         failed = run_all(args, jobs, results)
     except KeyboardInterrupt:
         fail("stopped; the same command resumes it", code=1)
-    results = read_results(args.results)
+    results = checked_results(args)  # another tables.py may have written too
     lacking = [job for job in jobs.values() if job.lacks]
     for line in dict.fromkeys(f"{job.encoder}, {job.score}: needs {job.lacks}" for job in lacking):
         print(line)

@@ -28,7 +28,7 @@ T-stream: the softmax of CARE's Eq. (2) at a query, averaged over heads, times
 import json
 import math
 import sys
-from functools import partial
+from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +51,8 @@ from common.run import (as_bytes, count, fraction, natural, new_parser, not_empt
 from common.views import imagenet_normalize
 from common.weights import (check_state, checkpoint_file, load_checkpoint, open_encoder,
                             sha256_of)
+
+PROTOCOL_VERSION = 2  # raised when the same arguments compute other scores, or more of them
 
 CURVES = {  # key in log.jsonl -> title of its panel
     "knn": "knn: top-1 accuracy of kNN on val, %",
@@ -105,6 +107,7 @@ def parse_args(argv=None):
     args.out = Path(args.out or ("curves.png" if args.curves else "attention.png"))
     args.rendered = args.images[0] if args.images in (["shapes"], ["clutter"]) else None
     args.limit = args.limit or (5 if args.rendered else 16)
+    args.protocol_version = PROTOCOL_VERSION
     if bool(args.curves) == bool(args.pretrained):
         fail("give either --pretrained, encoders to look at, or --curves, runs to draw")
     if args.out.suffix.lower() != ".png" or args.out.stem == "log":
@@ -143,7 +146,8 @@ def usual_size(args):
 
 def load(args, path, classifier):
     """An encoder with path, title, sha256, and if asked for head, classes, model, model_size."""
-    one = SimpleNamespace(path=path, title=title_of(path), head=None, model=None)
+    one = SimpleNamespace(path=path, title=title_of(path), classifier=classifier, head=None,
+                          model=None)
     one.encoder = open_encoder(path, args.arch, args.stem, args.seed)
     if one.encoder.left_out:
         print(f"note: {path}: left out {', '.join(one.encoder.left_out)}", file=sys.stderr)
@@ -300,8 +304,8 @@ def measure(heat, mask):
     """A map (H, W) against an object's mask (H, W), bool -> pointing, energy, area, each 0 to 1.
 
     pointing: the maximum is inside (of several equal ones, the share that is); energy: share of the
-    map's sum inside; area: the object's share of the image, the chance level. A map of zeros counts
-    as uniform.
+    map's sum inside; area: the object's share of the image, chance for energy. A map of zeros
+    counts as uniform.
     """
     if not heat.any():
         heat = np.ones_like(heat)
@@ -310,25 +314,47 @@ def measure(heat, mask):
     return np.array([pointing, energy, mask.mean()])
 
 
+@cache
+def peaks(grid, shape):
+    """Where an enlarged map is largest, by the position of its maximum: (H * W, height * width).
+
+    grid: (H, W); shape: (height, width). A row has equal weights, of sum 1, on these pixels: in a
+    corner of the map a whole patch, else the few in the middle of the position.
+    """
+    H, W = grid
+    maps = torch.eye(H * W).view(H * W, 1, H, W)
+    maps = F.interpolate(maps, shape, mode="bilinear").flatten(1)  # (H * W, height * width)
+    largest = maps == maps.amax(1, keepdim=True)
+    return (largest / largest.sum(1, keepdim=True)).double().numpy()
+
+
 def score(args, source, encoders):
-    """`measure` in percent, mean of a rendered set's first --samples images: a dict per encoder."""
-    sums = [np.zeros(3) for _ in encoders]
+    """`measure` in percent, mean of a rendered set's first --samples images: a dict per encoder.
+
+    pointing_chance: pointing if the maximum were anywhere in the map, each position as often;
+    pointing_fixed: if it were at the same position in all images, the best one for them.
+    """
+    sums, positions = [np.zeros(3) for _ in encoders], [0 for _ in encoders]
     for index in tqdm(range(args.samples), desc="scores", leave=False, disable=None):
         image, _, _, mask = source.render(index)
         x = to_input(Image.fromarray(image), args.image_size, args.device)
         for number, one in enumerate(encoders):
             heat, _ = gradcam(one.encoder, x, args.layer, one.head, args.label)  # (1, H, W)
+            positions[number] += peaks(heat.shape[1:], mask.shape) @ mask.ravel()  # (H * W,)
             heat = F.interpolate(heat[None], mask.shape, mode="bilinear")[0, 0]  # (height, width)
             sums[number] += measure(heat.double().cpu().numpy(), mask)
-    settings = ("image_size", "layer", "target", "label", "samples", "seed")
+    settings = ("image_size", "layer", "target", "label", "samples", "seed",
+                "protocol_version")
     protocol = {"data": args.rendered, "data_digest": source.digest, "precision": "fp32"}
     protocol |= {name: getattr(args, name) for name in settings}
     results = []
-    for one, total in zip(encoders, sums):
+    for one, total, anywhere in zip(encoders, sums, positions):
         pointing, energy, area = (100 * total / args.samples).tolist()
+        anywhere = 100 * anywhere / args.samples  # (H * W,)
         results.append({"encoder": one.path, "sha256": one.sha256, "arch": one.encoder.arch,
-                        "stem": one.encoder.stem, **protocol,
-                        "pointing": pointing, "energy": energy, "area": area})
+                        "stem": one.encoder.stem, "classifier": one.classifier, **protocol,
+                        "pointing": pointing, "energy": energy, "area": area,
+                        "pointing_chance": anywhere.mean(), "pointing_fixed": anywhere.max()})
     return results
 
 
@@ -394,12 +420,14 @@ def main(argv=None):
             for path, classifier in zip_longest(args.pretrained, args.classifier):
                 encoders.append(load(args, path, classifier))
             figure = draw_attention(args, source, encoders)
-        write_whole(args.out, as_bytes(partial(figure.save, format="PNG", optimize=True)))
-        print(f"{args.out}: {figure.width} x {figure.height} pixels")
+        text = ""
         if source is not None and args.samples:
             text = "".join(json.dumps(result) + "\n" for result in score(args, source, encoders))
             write_whole(args.out.with_suffix(".jsonl"), text.encode())
-            print(text, end="")
+        # last: who finds it finds the scores too
+        write_whole(args.out, as_bytes(partial(figure.save, format="PNG", optimize=True)))
+        print(f"{args.out}: {figure.width} x {figure.height} pixels")
+        print(text, end="")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ TABLES = {
             "title": "Table 1: linear classification and kNN",
             "rows": [
                 ("random", "random", R50, None, ""),
-                ("supervised, all layers trained", "supervised", R50, None, ""),
+                ("supervised: all layers, all labels", "supervised", R50, None, ""),
                 ("BYOL", "byol", R50, 100, "66.5"),
                 ("CARE", "care", R50, 100, "72.0"),
             ]},
@@ -269,7 +269,9 @@ TABLES = {
             ],
             "note": "Maps are of conv4 unless it says conv5. CARE's T-stream reads conv4 in "
                     "training, and nothing in BYOL does. Chance is the objects' share of the "
-                    "image. The paper shows a figure and no numbers.",
+                    "image; for the maximum it is any position of the map, each as often. *same "
+                    "position* is a maximum at one position in all images, the best for them. The "
+                    "paper shows a figure and no numbers.",
         },
     },
 }

@@ -20,7 +20,9 @@ from conftest import ROOT, refused
 QUICK = ["--only", "table1a", "--seeds", "0"]
 REAL = [*QUICK, "--data", "shapes:32"]
 TRAIN = "--epochs 10 --batch-size 16 --blocks 1 --hidden-dim 32 --knn-every 0 --log-every 1"
-DONE = ["step 9 of 9: encoder in x", '{"top1": 1.0, "area": 12.5, "pointing": 30, "energy": 20}']
+SCORED = {"top1": 1.0, "area": 12.5, "pointing": 30, "energy": 20, "pointing_chance": 8.0,
+          "pointing_fixed": 25.0}
+DONE = ["step 9 of 9: encoder in x", json.dumps(SCORED)]
 SCALE = ["--data", "imagenet", "--launcher", "torchrun --nproc_per_node 8"]
 GIVEN = ["--voc", "v", "--coco", "c", "--subset-1", "a", "--subset-10", "b", "--photos", "p",
          "--supervised", "s.pth"]
@@ -160,6 +162,7 @@ def test_the_error_of_a_script_is_told(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("stopped, said", [
     ("train.py", "step 3 of 9: stopped, the same command resumes it"),
+    ("train.py", "step 9 of 9: already beyond --max-steps 4"),
     ("linear_eval.py", "stopped while scoring; the same command resumes it")])
 def test_a_job_that_a_signal_stopped_is_not_finished(stopped, said, monkeypatch, capsys):
     """It ends with exit code 0: a half-trained encoder must not be scored, no score not kept."""
@@ -167,7 +170,7 @@ def test_a_job_that_a_signal_stopped_is_not_finished(stopped, said, monkeypatch,
                         lambda args, words: [said] if words[0] == stopped else DONE)
     with pytest.raises(SystemExit):
         tables.main([*QUICK, "--rows", "care"])
-    assert "stopped before its end" in capsys.readouterr().err
+    assert f"did not reach its end: {said}\n" in capsys.readouterr().err
     assert not Path("docs/tables.json").exists()
 
 
@@ -232,6 +235,45 @@ def test_an_argument_younger_than_a_line_was_its_default(pretence, capsys):
     refused(capsys, *QUICK, script=tables, match="predictor_lr of train.py was 1, is 10; give")
 
 
+def test_a_protocol_without_a_number_is_the_first(pretence, capsys):
+    """Not today's: what a line of before then scored may be something else."""
+    flags = ["--only", "figure4", "--rows", "random", "--seeds", "0"]
+    tables.main(flags)
+    lines = lines_of()
+    for line in lines:
+        assert line["settings"]["visualize.py"].pop("protocol_version") > 1
+    Path("docs/tables.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    refused(capsys, *flags, script=tables, match="protocol_version of visualize.py was 1, is")
+
+
+def test_two_at_once_with_other_flags_make_no_page(pretence, monkeypatch, capsys):
+    """The lines of the other stand in --results when this one has come to its end."""
+    tables.main([*QUICK, "--rows", "byol", "--train-flags", "--precision bf16"])
+    theirs = Path("docs/tables.json").read_text()
+    for path in ("docs/tables.json", "docs/tables.md"):
+        Path(path).unlink()
+    start = tables.start
+
+    def slow(args, words):
+        Path("docs/tables.json").write_text(theirs)
+        return start(args, words)
+
+    monkeypatch.setattr(tables, "start", slow)
+    refused(capsys, *QUICK, "--rows", "random", script=tables,
+            match="precision of train.py was 'bf16', is 'auto'")
+    assert not Path("docs/tables.md").exists()
+
+
+def test_a_table_that_the_recipe_contradicts_is_left_out(pretence, capsys):
+    """CARE has two attention blocks on `shapes`, five in Table 7."""
+    assert tables.table_of(tables.parse_args(["--data", "shapes"]), "table7") is None
+    assert tables.table_of(tables.parse_args(["--data", "shapes"]), "table6")
+    assert tables.table_of(tables.parse_args([]), "table7")
+    assert tables.table_of(tables.parse_args(SCALE), "table7")
+    _, commands, _ = listed(capsys, "--data", "shapes")
+    assert not any("--blocks" in words for words in commands)
+
+
 def test_a_broken_results_file_is_not_taken_for_an_empty_one(pretence, capsys):
     """A line that is no score, one that was cut short too, is named and nothing is overwritten."""
     tables.main([*QUICK, "--rows", "random"])
@@ -256,7 +298,7 @@ def test_a_table_of_encoders_that_were_scored_otherwise_has_not_run(pretence):
         assert (table["title"].rstrip(".") in " ".join(left)) == (name != "table1a")
 
 
-@pytest.mark.parametrize("path, least", [("docs/tables.md", 327), ("docs/tables_shapes.md", 60)])
+@pytest.mark.parametrize("path, least", [("docs/tables.md", 345), ("docs/tables_shapes.md", 60)])
 def test_the_recorded_numbers_are_of_todays_commands(path, least, monkeypatch):
     """docs/NAME.json can be gone on with; docs/NAME.md is what its own command makes of it."""
     monkeypatch.chdir(ROOT)
@@ -324,15 +366,47 @@ def test_measured_has_the_recorded_differences(name, better, worse, scores):
         assert re.search(rf"{difference} [^(]*\([^(]*{interval}, {p}", text)
 
 
+def test_measured_has_the_recorded_ablations():
+    """Seeds 0, 1, 2 of each, with mean and standard deviation; CARE stands in all three tables."""
+    results = tables.read_results(ROOT / "docs/tables.json")
+    text = (ROOT / "docs/measured.md").read_text()
+    rows = {row[2]: row[0] for name in ("table6", "table7", "table8")
+            for row in tables.rows_of(tables.parse_args([]), name)}
+    rows["care"] = "CARE: lambda 100, 5 blocks, learnable relative"
+    found = 0
+    for encoder, label in rows.items():
+        cells = []
+        for score in PROBED:
+            values = tables.values_of(results, encoder, score, "top1")
+            values = [values[seed][0] for seed in (0, 1, 2) if seed in values]
+            if len(values) == 3:
+                cells.append(", ".join(map(str, values)) + f": {statistics.mean(values):.1f} ± "
+                             f"{statistics.stdev(values):.1f}")
+        if cells:
+            assert f"\n| {label} | {' | '.join(cells)} |" in text
+            found += 1
+    assert found >= 9
+
+
 @pytest.mark.parametrize("flags, match", [
-    (["--only", "table2"], "not in the miniature"),
+    (["--only", "table2"], "not in the miniature of clutter"),
+    (["--only", "table7", "--data", "shapes"], "not in the miniature of shapes"),
+    (["--results", "docs/x.md"], "must end in .json"),
+    (["--launcher", "'"], "No closing quotation"),
+    (["--train-flags", "'"], "No closing quotation"),
+    (["--train-flags=--blocks 2"], "--blocks: what the rows or trials have of their own"),
+    (["--only", "table1a", "--train-flags=--method=byol"], "--method=byol: what the rows"),
+    (["--only", "table1a", "--train-flags=--seed 5"], "--seed: what the rows"),
+    (["--data", "imagenet", "--train-flags=--epochs 1"], "--epochs: what the rows"),
+    (["--trials", "--train-flags=--base-lr 0.05"], "--base-lr: what the rows or trials"),
+    (["--trials", "--train-flags=--max-steps 9"], "--max-steps: what the rows or trials"),
     (["--rows", "cara"], "--rows cara: no row of these tables"),
     (["--trials", "--only", "table6"], "leave out --only"),
     (["--trials", "--seeds", "3"], "leave out --seeds"),
     (["--trials", "--data", "imagenet"], "for the miniature"),
     (["--train-flags", "--batch-size 0"], "--batch-size: 0: must be"),
     (["--train-flags=--no-such-flag"], "unrecognized arguments: --no-such-flag")])
-def test_bad_arguments(flags, match, capsys):
+def test_bad_arguments(flags, match, pretence, capsys):
     refused(capsys, *flags, script=tables, match=match)
     assert os.listdir() == []
 
@@ -513,7 +587,7 @@ def test_welch_on_a_published_example():
 def fake(encoder, *values, score="linear", key="top1"):
     """Finished scores of an encoder, one a seed."""
     return {(encoder, score, seed, 0): {"encoder": encoder, "seed": seed, "score": score,
-                                        "result": {key: value, "area": 12.0}, "seconds": 60,
+                                        "result": SCORED | {key: value}, "seconds": 60,
                                         "machine": "m", "pretraining_seconds": 0,
                                         "commands": ["python x"]}
             for seed, value in enumerate(values)}
@@ -576,12 +650,12 @@ def test_cells_are_means_and_standard_deviations():
 
 
 def test_chance_stands_in_the_tables():
-    """A guess among ten classes; the objects' share of the image, as it was measured."""
+    """A guess among ten classes; of the maps, what was measured beside the scores."""
     args, results = tables.parse_args([]), fake("care", 30.0, score="figure", key="pointing")
     for name, line in {"table1a": "| chance | 10.0 | 10.0 | |", "table3a": "| chance | 10.0 | 10.0",
-                       "figure4": "| chance | 12.0 | 12.0 |  |  | |"}.items():
-        results["care", "figure", 0, 0]["result"]["energy"] = 20.0
+                       "figure4": "| chance | 8.0 | 12.5 |  |  | |"}.items():
         assert any(found.startswith(line) for found in tables.table_lines(args, results, name))
+    assert "| same position | 25.0 |  |  |  | |" in tables.table_lines(args, results, "figure4")
 
 
 def test_costs_count_a_pretraining_once():

@@ -233,6 +233,20 @@ def test_measures_on_maps_with_known_answers():
     assert visualize.measure(heat, mask).tolist() == [0.5, 0.5, 0.25]
 
 
+def test_where_the_maximum_of_an_enlarged_map_can_be():
+    """In a corner a patch of equal pixels, at an edge a row of them, inside the middle pixels."""
+    places = visualize.peaks((3, 3), (12, 12)).reshape(3, 3, 12, 12)
+    assert np.allclose(places.sum((2, 3)), 1)
+    for at, pixels in {(0, 0): {0, 1}, (1, 1): {5, 6}}.items():
+        assert [set(axis) for axis in np.nonzero(places[at])] == [pixels, pixels]
+    heat = torch.zeros(1, 1, 3, 3)
+    heat[0, 0, 0, 1] = 1.0
+    heat = F.interpolate(heat, (12, 12), mode="bilinear")[0, 0].numpy()
+    rng = np.random.default_rng(0)
+    for mask in rng.random((20, 12, 12)) < 0.3:
+        assert visualize.measure(heat, mask)[0] == pytest.approx((places[0, 1] * mask).sum())
+
+
 @pytest.mark.parametrize("name", ["shapes", "clutter"])
 def test_scores_average_over_a_rendered_sets_validation_images(name, monkeypatch):
     args = arguments("--pretrained", "random", "--image-size", 64, "--samples", 4,
@@ -249,6 +263,9 @@ def test_scores_average_over_a_rendered_sets_validation_images(name, monkeypatch
     area = pytest.approx(100 * np.mean(masks))
     assert (uniform["pointing"], uniform["energy"], uniform["area"]) == (area, area, area)
     assert (perfect["pointing"], perfect["energy"], perfect["area"]) == (100, 100, area)
+    # maps have the mask's size here: each pixel is a position
+    assert perfect["pointing_chance"] == area
+    assert perfect["pointing_fixed"] == pytest.approx(100 * np.mean(masks, axis=0).max())
     protocol = {"data": name, "samples": 4, "image_size": 64, "layer": "conv5", "seed": 0,
                 "target": "similarity", "arch": "thin", "stem": "imagenet",
                 "precision": "fp32", "encoder": "random"}
@@ -338,6 +355,7 @@ def test_attention_figure_and_scores(trained, tmp_path, capsys, texts):
     assert [row["data"] for row in results] == ["clutter", "clutter"]
     for row in results:
         assert all(0 <= row[name] <= 100 for name in ("pointing", "energy", "area"))
+        assert 0 <= row["pointing_chance"] < row["pointing_fixed"] <= 100
     assert results[0]["energy"] != results[1]["energy"]
 
 
@@ -530,6 +548,7 @@ def test_a_slip_in_drawing_is_a_traceback(module, name, trained, tmp_path, monke
         "--pretrained", "random", "--arch", "thin", "--image-size", 32, "--samples", 1]
     with pytest.raises(ValueError, match="broadcast"):
         draw(*flags, "--limit", 1, "--out", tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()  # nor where only the scores are missing
 
 
 def test_visualize_imports_nothing_above_it():
