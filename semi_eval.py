@@ -187,6 +187,13 @@ def score_encoder(run, args):
             check_share(indices, train, args.percent, args.subset)
         else:
             indices = draw_subset(train, args.percent, args.seed)
+        names = names_of(train)
+        listed = "".join(f"{names[index]}\n" for index in indices)
+        listed = listed.encode("utf-8", "surrogateescape")
+        path = Path(args.out, "subset.txt")
+        if run.rank == 0 and path.exists() and path.read_bytes() != listed:
+            raise InputError(f"{path}: lists other images than this command's; choose another "
+                             "--out, or move it")
     args.subset_sha256 = hashlib.sha256(indices.tobytes()).hexdigest()
 
     grid, scores = list(product(args.lr, args.epochs)), {}
@@ -199,9 +206,7 @@ def score_encoder(run, args):
     model, final = fine_tune(run, args, encoder, name, subset, lr, epochs)
     with user_errors():
         if run.rank == 0:
-            names = names_of(train)
-            lines = "".join(f"{names[index]}\n" for index in indices)
-            write_whole(f"{args.out}/subset.txt", lines.encode("utf-8", "surrogateescape"))
+            write_whole(path, listed)
     top1, top5 = evaluate(run, args, model, val)
     choice = {f"lr {lr:g}, {epochs} epochs": score for (lr, epochs), score in scores.items()}
     finish(run, args, {
