@@ -44,8 +44,8 @@ from common.boxes import (as_tensors, collate, digest_with_boxes, grouped_batche
 from common.data import Stream
 from common.ranks import (fail, gather, note, parallelise, same_on_all_ranks,
                           take_buffers_of_rank_0, user_errors)
-from common.run import (Run, add_run_arguments, checked, count, new_parser, not_empty, positive,
-                        versions, write_whole)
+from common.run import (STOPPED, Run, add_run_arguments, checked, count, new_parser, not_empty,
+                        positive, versions, write_whole)
 from common.views import IMAGENET_MEAN, IMAGENET_STD
 from common.weights import checkpoint_file, open_encoder, sha256_of
 
@@ -510,7 +510,7 @@ def transfer(run, args):
 
     scores = None if run.unfinished() else evaluate(run, args, model, val)
     if scores is None:
-        run.finish(run.unfinished() or "stopped while scoring; the same command resumes it")
+        run.finish(run.unfinished() or STOPPED)
         return
     metric = "VOC07, 11 points of recall" if args.protocol == "voc-c4" else "COCO"
     result = {**scores, "metric": metric, "encoder": args.pretrained, **vars(args),

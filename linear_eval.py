@@ -30,8 +30,8 @@ from common.data import (NAMED_SETS, ImageFiles, Stream, describe, digest_of, la
 from common.knn import TEMPERATURE, count_correct, features_on_rank_0, knn
 from common.ranks import (fail, note, parallelise, same_on_all_ranks, take_buffers_of_rank_0,
                           user_errors)
-from common.run import (Run, add_data_arguments, add_run_arguments, checked, count, new_parser,
-                        not_empty, positive, use_recipe, versions, whole_file)
+from common.run import (STOPPED, Run, add_data_arguments, add_run_arguments, checked, count,
+                        new_parser, not_empty, positive, use_recipe, versions, whole_file)
 from common.views import centre_crop, crop_and_flip, to_input
 from common.weights import check_state, checkpoint_file, load_checkpoint, open_encoder, sha256_of
 
@@ -226,7 +226,7 @@ def evaluate(run, args, model, source, what="val"):
     return tuple((100 * correct.double() / len(source)).tolist())
 
 
-def stop(run, message="stopped while scoring; the same command resumes it"):
+def stop(run, message=STOPPED):
     """Leave the script after a signal, or after --max-steps."""
     run.finish(message)
     raise SystemExit(0)

@@ -187,13 +187,13 @@ def score_encoder(run, args):
             check_share(indices, train, args.percent, args.subset)
         else:
             indices = draw_subset(train, args.percent, args.seed)
-        names = names_of(train)
-        listed = "".join(f"{names[index]}\n" for index in indices)
-        listed = listed.encode("utf-8", "surrogateescape")
-        path = Path(args.out, "subset.txt")
-        if run.rank == 0 and path.exists() and path.read_bytes() != listed:
-            raise InputError(f"{path}: lists other images than this command's; choose another "
-                             "--out, or move it")
+        if run.rank == 0:
+            names, path = names_of(train), Path(args.out, "subset.txt")
+            lines = "".join(f"{names[index]}\n" for index in indices)
+            listed = lines.encode("utf-8", "surrogateescape")
+            if path.exists() and path.read_bytes() != listed:
+                raise InputError(f"{path}: lists other images than this command's; choose another "
+                                 "--out, or move it")
     args.subset_sha256 = hashlib.sha256(indices.tobytes()).hexdigest()
 
     grid, scores = list(product(args.lr, args.epochs)), {}

@@ -166,8 +166,12 @@ def own_flags(args):
         return own | {"--method", "--max-steps", *flags_of(CONFIGURATIONS[0])[::2]}
     if not args.miniature:
         own |= {"--arch", "--epochs"}
-    rows = [row for name in args.only or TABLES for row in rows_of(args, name)]
-    return own | {VARIANTS[row[1]][0] for row in rows if VARIANTS.get(row[1])}
+    return own | varied_by(row for name in args.only or TABLES for row in rows_of(args, name))
+
+
+def varied_by(rows):
+    """The flags of train.py in which rows differ from CARE."""
+    return {VARIANTS[row[1]][0] for row in rows if VARIANTS.get(row[1])}
 
 
 # --------------------------------------------------------------------------------------------- jobs
@@ -198,12 +202,10 @@ def table_of(args, name):
     if not args.miniature:
         return table
     usual, recipe = recipe_of("folder"), recipe_of(args.data)
-    for row in table["rows"]:
-        for flag in VARIANTS.get(row[1], ())[:1]:
-            setting = flag.removeprefix("--").replace("-", "_")
-            if recipe.get(setting) != usual.get(setting):
-                return None
-    return table | table["miniature"] if "miniature" in table else None
+    names = [flag.removeprefix("--").replace("-", "_") for flag in varied_by(table["rows"])]
+    if "miniature" not in table or any(recipe.get(name) != usual.get(name) for name in names):
+        return None
+    return table | table["miniature"]
 
 
 def rows_of(args, name):

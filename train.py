@@ -24,9 +24,9 @@ from common.data import (NAMED_SETS, RECIPES, Stream, describe, digest_of, open_
                          open_labelled)
 from common.knn import knn, rankme
 from common.ranks import max_over_ranks, fail, gradient_exchange, note, parallelise, user_errors
-from common.run import (Run, add_data_arguments, add_run_arguments, check_compiler, checked, count,
-                        fraction, natural, new_parser, not_empty, not_negative, positive,
-                        use_recipe)
+from common.run import (STOPPED, Run, add_data_arguments, add_run_arguments, check_compiler,
+                        checked, count, fraction, natural, new_parser, not_empty, not_negative,
+                        positive, use_recipe)
 from common.views import TwoViews, augment
 from common.weights import load_encoder, sha256_of_file, start_from
 
@@ -466,7 +466,7 @@ def pretrain(run, args):
         stopped = watch(step + 1)
     last_lines = f"step {run.total} of {run.total}: {ending(args, watched['knn'])}"
     if stopped:
-        last_lines = f"{args.out}: stopped while scoring; the same command resumes it"
+        last_lines = f"{args.out}: {STOPPED}"
     run.finish(run.unfinished() or last_lines)
 
 

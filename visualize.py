@@ -343,8 +343,7 @@ def score(args, source, encoders):
             positions[number] += peaks(heat.shape[1:], mask.shape) @ mask.ravel()  # (H * W,)
             heat = F.interpolate(heat[None], mask.shape, mode="bilinear")[0, 0]  # (height, width)
             sums[number] += measure(heat.double().cpu().numpy(), mask)
-    settings = ("image_size", "layer", "target", "label", "samples", "seed",
-                "protocol_version")
+    settings = ("image_size", "layer", "target", "label", "samples", "seed", "protocol_version")
     protocol = {"data": args.rendered, "data_digest": source.digest, "precision": "fp32"}
     protocol |= {name: getattr(args, name) for name in settings}
     results = []

@@ -46,6 +46,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1
                 if hasattr(signal, name)]  # Windows has two of them
 MOST_WORKERS = 16  # loading processes per rank unless --workers asks for more
 SCORING_BATCH = 256  # images that are scored at a time, over all ranks
+STOPPED = "stopped while scoring; the same command resumes it"
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -604,19 +605,19 @@ def check_nothing_lost(out, now, free):
     now: its arguments, a dict; free: names of those that may differ. What a run with the same
     arguments has left before its first checkpoint is its own.
     """
-    log, headers = Path(out) / "log.jsonl", []
+    log = Path(out) / "log.jsonl"
+    replaced = [file for name in OWN_FILES for file in Path(out).glob(name)]
     if log.exists() and log.stat().st_size:
         headers = [line["args"] for line in read_lines(log) if "args" in line]
         if not headers:
             raise InputError(f"{log}: not a run's log; choose another --out, or move it")
-    then, now = headers[-1] if headers else {}, json.loads(json.dumps(now))
-    if headers and all(then[name] == now[name] for name in {*then} & {*now} - {*free}):
-        return
-    for name in OWN_FILES:
-        for file in Path(out).glob(name):
-            if file != log:
-                raise InputError(f"{file}: not of a run that could go on, and would be replaced; "
-                                 "choose another --out, or move it")
+        then, now = headers[-1], json.loads(json.dumps(now))
+        if all(then[name] == now[name] for name in {*then} & {*now} - {*free}):
+            return
+        replaced.remove(log)  # of a run that came to nothing, unless there is more
+    if replaced:
+        raise InputError(f"{replaced[0]}: not of a run that could go on, and would be replaced; "
+                         "choose another --out, or move it")
 
 
 def check_same_run(path, checkpoint, now, parts, free, defaults):
@@ -635,8 +636,7 @@ def check_same_run(path, checkpoint, now, parts, free, defaults):
         names.discard("data_digest")
     if None in (then.get("val_digest"), now.get("val_digest")):  # kNN may come and go
         names.discard("val_digest")
-        if "val_digest" in now and now["val_digest"] is None:  # and come again, on the same images
-            now["val_digest"] = then.get("val_digest")
+        now["val_digest"] = now.get("val_digest") or then.get("val_digest")  # on the same images
     places = [then["data"], now["data"]]
     folders = not any(place.partition(":")[0] in NAMED_SETS for place in places)
     moved = folders and len(set(map(os.path.realpath, places))) == 2
